@@ -1,0 +1,1 @@
+"""From a checkpoint to an artifact: calibration, indexer, distillation, packaging."""

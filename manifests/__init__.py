@@ -1,0 +1,1 @@
+"""The contract between converter, runtime and plugins: head roles, plans and architecture facts. Imports no torch."""

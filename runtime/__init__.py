@@ -1,0 +1,1 @@
+"""From an artifact to tokens: loading, cache, sparse attention, generation."""
