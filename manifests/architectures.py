@@ -74,9 +74,7 @@ def architecture_of(config: dict[str, Any], source: str = "config.json") -> Arch
     # transformers' MistralConfig has a window of 4096 unless the file says null; the Qwen families need use_sliding_window.
     window = config.get("sliding_window", 4096) if model_type == "mistral" else config.get("sliding_window")
     if window is not None and (model_type == "mistral" or config.get("use_sliding_window", False)):
-        raise ValueError(
-            f"{source}: sliding_window is {window}: a model with sliding-window layers is not full attention"
-        )
+        raise ValueError(f"{source}: sliding_window is {window}: a model with sliding-window layers is not full attention")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{source}: quantization_config ({method}): convert the unquantised checkpoint")

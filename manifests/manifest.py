@@ -179,9 +179,7 @@ class Manifest:
             raise ValueError(f"{source}: {key}: {error.message[:300]}")
         found = body.pop("digest")
         if found != digest(body):
-            raise ValueError(
-                f"{source}: digest is {found}, wanted {digest(body)}: the manifest was changed after it was written"
-            )
+            raise ValueError(f"{source}: digest is {found}, wanted {digest(body)}: the manifest was changed after it was written")
         counts = {name: body.pop(name) for name in ("num_retrieval_heads", "num_retained_groups")}
         del body["schema_version"]
         try:
@@ -271,9 +269,7 @@ def _check(m: Manifest) -> None:
     if not 0 < m.top_p <= 1:
         raise ValueError(f"top_p is {m.top_p}, wanted 0 < top_p <= 1")
     if m.sliding_window < 1 or m.sinks < 0 or m.dense_below < 0:
-        raise ValueError(
-            f"sliding_window {m.sliding_window}, sinks {m.sinks} or dense_below {m.dense_below} is out of range"
-        )
+        raise ValueError(f"sliding_window {m.sliding_window}, sinks {m.sinks} or dense_below {m.dense_below} is out of range")
     for name in ("decode_block", "prefill_block"):
         value = getattr(m, name)
         if value < 1 or value & (value - 1):

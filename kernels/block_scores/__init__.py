@@ -2,7 +2,6 @@
 
 # B batch  T query tokens  S cached tokens  H retrieval query heads  I index-key sets  R index dim  N blocks
 import torch
-
 from rtpurbo.kernels.block_scores import reference
 
 __all__ = ["block_scores"]
@@ -33,9 +32,7 @@ def block_scores(
     Raises ValueError for shapes that do not fit. Source: arXiv 2605.16928 section 3.3.
     """
     if index_q_BTHR.shape[0] != index_k_BSIR.shape[0] or index_q_BTHR.shape[3] != index_k_BSIR.shape[3]:
-        raise ValueError(
-            f"block_scores: index_q {tuple(index_q_BTHR.shape)} and index_k {tuple(index_k_BSIR.shape)} do not fit"
-        )
+        raise ValueError(f"block_scores: index_q {tuple(index_q_BTHR.shape)} and index_k {tuple(index_k_BSIR.shape)} do not fit")
     if key_set_H.shape != (index_q_BTHR.shape[2],) or visible_BT.shape != index_q_BTHR.shape[:2]:
         raise ValueError(
             f"block_scores: key_set {tuple(key_set_H.shape)} or visible {tuple(visible_BT.shape)} does not fit "

@@ -2,7 +2,6 @@
 
 # B batch  H retrieval query heads  T query tokens  N blocks
 import torch
-
 from rtpurbo.kernels.block_selection import reference
 from rtpurbo.kernels.block_selection.reference import mask_to_ids
 

@@ -37,9 +37,7 @@ def mass_needed(total: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.ceil(total.double() * top_p).long()
 
 
-def select_blocks(
-    max_BHTN: torch.Tensor, sum_BHTN: torch.Tensor, top_p: float, sinks: int, block_size: int
-) -> torch.Tensor:
+def select_blocks(max_BHTN: torch.Tensor, sum_BHTN: torch.Tensor, top_p: float, sinks: int, block_size: int) -> torch.Tensor:
     """Histogram selection as a mask bool [B, H, T, N]: whole bins from the top until the mass reaches top_p * total."""
     valid = sum_BHTN > 0
     if top_p >= 1.0:

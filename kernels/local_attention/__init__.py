@@ -2,7 +2,6 @@
 
 # B batch  T chunk tokens  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
 import torch
-
 from rtpurbo.kernels.local_attention import reference
 from rtpurbo.kernels.local_attention.reference import ring_positions
 
@@ -40,9 +39,7 @@ def attend_local(
     B, T, H, D = q_BTHD.shape
     K = k_BTKD.shape[2]
     if k_BTKD.shape != (B, T, K, D) or v_BTKD.shape != k_BTKD.shape or K == 0 or H % K:
-        raise ValueError(
-            f"attend_local: q {tuple(q_BTHD.shape)}, k {tuple(k_BTKD.shape)}, v {tuple(v_BTKD.shape)} do not fit"
-        )
+        raise ValueError(f"attend_local: q {tuple(q_BTHD.shape)}, k {tuple(k_BTKD.shape)}, v {tuple(v_BTKD.shape)} do not fit")
     if window < 1 or sinks < 0:
         raise ValueError(f"attend_local: window {window} must be >= 1 and sinks {sinks} >= 0")
     if (ring_k_BWKD is None) != (ring_v_BWKD is None):
@@ -58,9 +55,7 @@ def attend_local(
         lengths_B = torch.zeros(B, dtype=torch.int32, device=q_BTHD.device)
     if counts_B is None:
         counts_B = torch.full((B,), T, dtype=torch.int32, device=q_BTHD.device)
-    return reference.attend_local(
-        q_BTHD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, window, sinks, scale
-    )
+    return reference.attend_local(q_BTHD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, window, sinks, scale)
 
 
 def write_ring(

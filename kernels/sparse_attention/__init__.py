@@ -2,7 +2,6 @@
 
 # B batch  T query tokens  S cached tokens  H retrieval query heads  K kv heads  D head dim  N blocks
 import torch
-
 from rtpurbo.kernels.sparse_attention import reference
 
 __all__ = ["attend_blocks"]
@@ -37,9 +36,7 @@ def attend_blocks(
     B, T, H, D = q_BTHD.shape
     S = k_BSKD.shape[1]
     if k_BSKD.shape != v_BSKD.shape or k_BSKD.shape[0] != B or k_BSKD.shape[3] != D or kv_head_H.shape != (H,):
-        raise ValueError(
-            f"attend_blocks: q {tuple(q_BTHD.shape)}, k {tuple(k_BSKD.shape)}, v {tuple(v_BSKD.shape)} do not fit"
-        )
+        raise ValueError(f"attend_blocks: q {tuple(q_BTHD.shape)}, k {tuple(k_BSKD.shape)}, v {tuple(v_BSKD.shape)} do not fit")
     if selected_BHTN.shape != (B, H, T, -(-S // block_size)) or visible_BT.shape != (B, T):
         raise ValueError(
             f"attend_blocks: selected {tuple(selected_BHTN.shape)} or visible {tuple(visible_BT.shape)} does not fit "
