@@ -6,9 +6,10 @@ import json
 import math
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
+
+from rtpurbo.manifests.strict_json import parse_strict
 
 MANIFEST_NAME = "rtpurbo.json"
 INDEXER_NAME = "indexer.safetensors"
@@ -145,9 +146,14 @@ class Manifest:
         return {**body, "digest": digest(body)}
 
     def save(self, path: Path) -> None:
-        """Write the manifest; `path` appears complete or not at all."""
+        """Write the manifest; `path` appears complete or not at all.
+
+        ValueError when `load` would refuse it, so that no run ends with a manifest that nobody can read.
+        """
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        Manifest.from_json(text, str(path))
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 
     @classmethod
@@ -168,8 +174,8 @@ class Manifest:
     def from_json(cls, text: str, source: str = MANIFEST_NAME) -> "Manifest":
         """Parse and validate the text of a manifest; `source` names it in errors."""
         try:
-            body = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
+            body = parse_strict(text)
+        except ValueError as error:
             raise ValueError(f"{source}: not a valid JSON manifest ({error})") from error
         if isinstance(body, dict) and body.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"{source}: schema_version is {body.get('schema_version')!r}, wanted {SCHEMA_VERSION}")
@@ -237,21 +243,12 @@ def roles_from_heads(scores: list[list[float]], retrieval: list[list[int]], grou
 
 @cache
 def _validator() -> Any:
-    from jsonschema import Draft202012Validator
+    from jsonschema import Draft202012Validator, validators
 
-    schema = json.loads(resources.files(__package__).joinpath("schema_v1.json").read_text(encoding="utf-8"))
-    return Draft202012Validator(schema)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)!r}")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+    schema = json.loads(Path(__file__).with_name("schema_v1.json").read_text(encoding="utf-8"))
+    # JSON Schema calls 8192.0 an integer; as a Python float it would break slicing and the digest's canonical form.
+    strict = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    return validators.extend(Draft202012Validator, type_checker=strict)(schema)
 
 
 def _check(m: Manifest) -> None:
