@@ -78,9 +78,7 @@ def architecture_of(config: dict[str, Any], source: str = "config.json") -> Arch
     model_type = config.get("model_type")
     names = ", ".join(ARCHITECTURES)
     if "kv_lora_rank" in config:
-        raise ValueError(
-            f"{source}: model_type {model_type!r} uses multi-head latent attention (kv_lora_rank), supported are: {names}"
-        )
+        raise ValueError(f"{source}: model_type {model_type!r} uses multi-head latent attention (kv_lora_rank), supported are: {names}")
     if any(
         key in config
         for key in (
@@ -92,8 +90,7 @@ def architecture_of(config: dict[str, Any], source: str = "config.json") -> Arch
         )
     ):
         raise ValueError(
-            f"{source}: model_type {model_type!r} mixes linear-attention or state-space layers; "
-            "roles need softmax attention everywhere"
+            f"{source}: model_type {model_type!r} mixes linear-attention or state-space layers; roles need softmax attention everywhere"
         )
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"{source}: model_type is {model_type!r}, supported are: {names}")
@@ -158,8 +155,7 @@ def _check_shape(config: dict[str, Any], source: str) -> None:
         raise ValueError(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if config.get("head_dim") is None and config["hidden_size"] % heads:
         raise ValueError(
-            f"{source}: head_dim is missing and hidden_size {config['hidden_size']} is not a multiple of "
-            f"num_attention_heads {heads}"
+            f"{source}: head_dim is missing and hidden_size {config['hidden_size']} is not a multiple of num_attention_heads {heads}"
         )
     if head_dim_of(config) % 2:
         raise ValueError(f"{source}: head_dim is {head_dim_of(config)}, wanted an even number (RoPE turns pairs)")
@@ -171,7 +167,7 @@ def _check_shape(config: dict[str, Any], source: str) -> None:
 class PreRopeTap:
     """Hands out each layer's queries and keys as they enter RoPE, by hooks on the modules the architecture names.
 
-    Inside `with PreRopeTap(model, architecture) as tap:` every forward pass stores, per layer index, `tap.q[layer]` [B, T, H, D] and
+    Inside `with PreRopeTap(model, architecture) as tap:` every forward pass stores, per layer, `tap.q[layer]` [B, T, H, D] and
     `tap.k[layer]` [B, T, K, D]; `pop(layer)` returns the pair and forgets it. They carry gradients when the model does.
     Recomputing them by undoing RoPE would lose bits in bfloat16.
     """

@@ -290,6 +290,4 @@ def _check_layer(i: int, layer: LayerRoles, shape: ModelShape) -> None:
             raise ValueError(f"layers.{i}.{name} is {list(ids)}, wanted ascending ids below {limit}")
     groups = tuple(sorted({h // shape.group_size for h in layer.retrieval_heads}))
     if groups != layer.retained_groups:
-        raise ValueError(
-            f"layers.{i}.retained_groups is {list(layer.retained_groups)}, but its retrieval heads need {list(groups)}"
-        )
+        raise ValueError(f"layers.{i}.retained_groups is {list(layer.retained_groups)}, but its retrieval heads need {list(groups)}")
