@@ -103,9 +103,7 @@ def attend(
     Reads and writes the layer's cache in `rtpurbo`. Raises ValueError when the model is called without it.
     """
     if rtpurbo is None:
-        raise ValueError(
-            "the model runs through rtpurbo.runtime only: its attention needs a cache that model(...) alone does not give"
-        )
+        raise ValueError("the model runs through rtpurbo.runtime only: its attention needs a cache that model(...) alone does not give")
     assert attention_mask is None, "masks come from positions; transformers builds none for this attention name"
     context, layer = rtpurbo, module.layer_idx
     plan, cache = context.plans[layer], context.cache.layers[layer]
@@ -128,13 +126,10 @@ def attend(
         if index_k_BTIR is not None:
             assert cache.index_k_BSIR is not None
             write_rows(cache.index_k_BSIR, index_k_BTIR, context.rows)
-        select = context.phase == "decode" and index_q_BTHR is not None
-        if select:
-            out_BTHD[:, :, plan.retrieval] = _attend_selected(
-                context, layer, cache, q_BTHD[:, :, plan.retrieval], index_q_BTHR, scaling
-            )
+        if index_q_BTHR is not None:
+            out_BTHD[:, :, plan.retrieval] = _attend_selected(context, layer, cache, q_BTHD[:, :, plan.retrieval], index_q_BTHR, scaling)
         for run in (Run(start=0, stop=retained, num_retrieval=layout.group_size),) if context.cache.dense else layout.runs:
-            _attend_run(context, cache, run, out_BTHD, q_BTHD, k_BTKD, v_BTKD, scaling, dense=not select)
+            _attend_run(context, cache, run, out_BTHD, q_BTHD, k_BTKD, v_BTKD, scaling, dense=index_q_BTHR is None)
     return out_BTHD, None
 
 

@@ -52,9 +52,7 @@ class Runtime:
             raise ValueError(f"{capacity} tokens exceed the model's max_position_embeddings {limit}")
         layouts = tuple(plan.layout for plan in self._plans)
         dtype = self.model.dtype
-        return State(
-            cache=Cache(self.manifest, layouts, batch=batch, capacity=capacity, dtype=dtype, device=self.device, dense=dense)
-        )
+        return State(cache=Cache(self.manifest, layouts, batch=batch, capacity=capacity, dtype=dtype, device=self.device, dense=dense))
 
     @torch.no_grad()
     def prefill(

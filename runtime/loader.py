@@ -131,9 +131,7 @@ def read_indexer(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
     if odd := sorted(shapes.keys() ^ tensors.keys()):
         state = "missing" if odd[0] in shapes else "not expected"
-        raise ValueError(
-            f"{path}: tensor {odd[0]} is {state} ({MANIFEST_NAME} wants {len(shapes)} tensors, found {len(tensors)})"
-        )
+        raise ValueError(f"{path}: tensor {odd[0]} is {state} ({MANIFEST_NAME} wants {len(shapes)} tensors, found {len(tensors)})")
     for name, shape in shapes.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:

@@ -42,10 +42,7 @@ class Sampler:
             return [token if on else 0 for token, on in zip(tokens, active, strict=True)]
         # Drawn on the CPU in fp64, so that seeds mean the same on every device.
         probabilities_BV = probabilities(logits_BV.cpu(), self.options)
-        return [
-            draw(p_V, generator) if on else 0
-            for p_V, generator, on in zip(probabilities_BV, self._generators, active, strict=True)
-        ]
+        return [draw(p_V, generator) if on else 0 for p_V, generator, on in zip(probabilities_BV, self._generators, active, strict=True)]
 
 
 def probabilities(logits_BV: torch.Tensor, options: SamplingOptions) -> torch.Tensor:

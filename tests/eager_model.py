@@ -46,7 +46,7 @@ class EagerTrace:
 def eager_logits(
     folder: Path, manifest: Manifest, token_ids: list[int], prompt: int, *, dense: bool = False, trace: EagerTrace | None = None
 ) -> torch.Tensor:
-    """Logits [N, V] of one sequence whose first `prompt` tokens follow the prefill pattern and whose others the decode pattern."""
+    """Logits [N, V] of one sequence whose first `prompt` tokens follow the prefill pattern, the others the decode pattern."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager_masks", dtype=torch.float32)
     index = load_file(folder / INDEXER_NAME) if (folder / INDEXER_NAME).exists() else {}
     inputs: dict[int, torch.Tensor] = {}
@@ -172,7 +172,7 @@ def save_artifact(
     key_dtype: str = "float32",
     index_dim: int = 4,
     peak: float = 4.0,
-    index_peak: float = 6.0,
+    index_peak: float = 12.0,
     **fields: Any,
 ) -> Manifest:
     """Write a tiny random model with peaked attention, a peaked indexer and a manifest; `fields` replace manifest fields.
@@ -209,6 +209,9 @@ def save_artifact(
     index = _peaked_weights(model, manifest, peak, index_peak)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
+    # transformers 5 writes num_experts as num_local_experts; checkpoints on the Hub, and artifacts, have the former.
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"num_local_experts"', '"num_experts"'))
     if index:
         save_file(index, folder / INDEXER_NAME)
     return write_manifest(folder, manifest)
@@ -234,7 +237,7 @@ def _shape_of(config: Any, model: Any) -> ModelShape:
 
 
 def _peaked_weights(model: Any, manifest: Manifest, peak: float, index_peak: float) -> dict[str, torch.Tensor]:
-    """Scale queries until attention logits have std `peak`; index weights (correlated with q . k) until theirs have `index_peak`."""
+    """Scale queries until attention logits have std `peak`, and correlated index weights until theirs have `index_peak`."""
     index = {name: torch.randn(shape) for name, shape in manifest.index_shapes().items()}
     inputs: dict[int, torch.Tensor] = {}
     handles = [
