@@ -61,6 +61,7 @@ _OPTIONAL_LIMITS = {
     "num_key_value_heads": 1024,
     "head_dim": 1024,
     "num_experts": 1 << 16,
+    "num_local_experts": 1 << 16,
     "num_experts_per_tok": 1 << 16,
     "moe_intermediate_size": 1 << 24,
     "decoder_sparse_step": 1024,
@@ -121,7 +122,7 @@ def architecture_of(config: dict[str, Any], source: str = "config.json") -> Arch
     if partial not in (None, 1.0):
         raise ValueError(f"{source}: partial_rotary_factor is {partial}, wanted 1.0")
     for key in ARCHITECTURES[model_type].required:
-        if key not in config:
+        if key not in config and not (key == "num_experts" and "num_local_experts" in config):
             raise ValueError(f"{source}: {key} is missing, wanted a positive integer")
     _check_shape(config, source)
     return ARCHITECTURES[model_type]
@@ -143,6 +144,11 @@ def key_value_heads_of(config: dict[str, Any]) -> int:
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
+def num_experts_of(config: dict[str, Any]) -> int:
+    """Routed experts per layer from either spelling (`num_local_experts` of transformers 5, `num_experts` before); 0 without."""
+    return int(config.get("num_local_experts") or config.get("num_experts") or 0)
+
+
 def _check_shape(config: dict[str, Any], source: str) -> None:
     for key, limit in (_LIMITS | _OPTIONAL_LIMITS).items():
         value = config.get(key)
@@ -159,8 +165,11 @@ def _check_shape(config: dict[str, Any], source: str) -> None:
         )
     if head_dim_of(config) % 2:
         raise ValueError(f"{source}: head_dim is {head_dim_of(config)}, wanted an even number (RoPE turns pairs)")
-    experts, active = config.get("num_experts"), config.get("num_experts_per_tok")
-    if experts is not None and active is not None and active > experts:
+    spellings = {config[key] for key in ("num_experts", "num_local_experts") if config.get(key) is not None}
+    if len(spellings) > 1:
+        raise ValueError(f"{source}: num_experts {config['num_experts']} and num_local_experts {config['num_local_experts']} differ")
+    experts, active = num_experts_of(config), config.get("num_experts_per_tok")
+    if experts and active is not None and active > experts:
         raise ValueError(f"{source}: num_experts_per_tok {active} is more than num_experts {experts}")
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from rtpurbo.manifests.architectures import ARCHITECTURES, architecture_of, head_dim_of, key_value_heads_of
+from rtpurbo.manifests.architectures import ARCHITECTURES, architecture_of, head_dim_of, key_value_heads_of, num_experts_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def count_parameters(config: dict[str, Any]) -> Parameters:
         dense += 2 * config["intermediate_size"] + hidden
     moe_layers = _moe_layers(config)
     num_moe = sum(moe_layers)
-    num_experts = config["num_experts"] if num_moe else 0
+    num_experts = num_experts_of(config) if num_moe else 0
     expert = 3 * hidden * config["moe_intermediate_size"] if num_moe else 0
     sparse = num_experts * (expert + hidden)
     embedding = config["vocab_size"] * hidden

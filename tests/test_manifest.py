@@ -7,7 +7,6 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from rtpurbo.manifests.manifest import (
     MAX_MANIFEST_BYTES,
     BaseModel,
@@ -23,9 +22,9 @@ from rtpurbo.manifests.manifest import (
 
 def example(keys="head", **changes):
     scores = [[0.01, 0.02, 0.03, 0.04], [0.5, 0.02, 0.9, 0.8], [0.0, 0.0, 0.125, 1.0]]
-    values = dict(
-        base_model=BaseModel(id="org/model", revision="abc", config_sha256="0" * 64, tokenizer_sha256=None),
-        model=ModelShape(
+    values = {
+        "base_model": BaseModel(id="org/model", revision="abc", config_sha256="0" * 64, tokenizer_sha256=None),
+        "model": ModelShape(
             model_type="qwen3",
             num_hidden_layers=3,
             num_attention_heads=4,
@@ -33,22 +32,22 @@ def example(keys="head", **changes):
             head_dim=32,
             max_position_embeddings=4096,
         ),
-        granularity="head",
-        group_threshold=0.0,
-        layers=roles_from_heads(scores, [[], [2, 0, 3], [3]], 2),
-        sliding_window=256,
-        sinks=4,
-        indexer=Indexer(dim=16, keys=keys, scale=0.25),
-        top_p=0.9,
-        decode_block=64,
-        prefill_block=128,
-        prefill_pattern="dense",
-        dense_below=0,
-        calibration={"documents": 4, "depths": [0.1, 0.9]},
-        recipe={"seed": 1},
-        metrics={"needle": 1.0},
-        libraries={"torch": "2.11"},
-    )
+        "granularity": "head",
+        "group_threshold": 0.0,
+        "layers": roles_from_heads(scores, [[], [2, 0, 3], [3]], 2),
+        "sliding_window": 256,
+        "sinks": 4,
+        "indexer": Indexer(dim=16, keys=keys, scale=0.25),
+        "top_p": 0.9,
+        "decode_block": 64,
+        "prefill_block": 128,
+        "prefill_pattern": "dense",
+        "dense_below": 0,
+        "calibration": {"documents": 4, "depths": [0.1, 0.9]},
+        "recipe": {"seed": 1},
+        "metrics": {"needle": 1.0},
+        "libraries": {"torch": "2.11"},
+    }
     return Manifest(**{**values, **changes})
 
 
@@ -84,7 +83,7 @@ def test_the_digest_does_not_depend_on_key_order_or_white_space():
 def test_a_tampered_value_is_refused_by_its_digest():
     body = example().to_dict()
     body["top_p"] = 0.8
-    with pytest.raises(ValueError, match="digest is .* changed after it was written"):
+    with pytest.raises(ValueError, match=r"digest is .* changed after it was written"):
         Manifest.from_json(json.dumps(body))
 
 
