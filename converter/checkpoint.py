@@ -11,7 +11,7 @@ from rtpurbo.converter.demo_model import DEMO_ID, build_demo
 from rtpurbo.converter.download import download_checkpoint
 from rtpurbo.converter.materialize import available_memory_bytes, load_embedding, load_model, load_rotary, stream_layers
 from rtpurbo.converter.safetensors_format import TensorInfo, read_tensor
-from rtpurbo.converter.shards import Checkpoint, read_checkpoint, transformers_config
+from rtpurbo.converter.shards import LOCAL_KEYS, Checkpoint, read_checkpoint, transformers_config
 from rtpurbo.manifests.architectures import rope_type_of
 
 __all__ = [
@@ -30,9 +30,6 @@ __all__ = [
     "stream_layers",
     "tokenizer_digest",
 ]
-
-# Keys that do not describe the model: where it was loaded from, and what an artifact adds.
-LOCAL_CONFIG_KEYS = ("_name_or_path", "rtpurbo")
 
 
 def open_checkpoint(model: str, *, work: Path, revision: str | None = None) -> Checkpoint:
@@ -86,7 +83,7 @@ def config_digest(config: dict[str, Any]) -> str:
 
     Local names and the key that an artifact adds are left out, so an artifact's config.json has the digest of its source.
     """
-    body = {key: value for key, value in config.items() if key not in LOCAL_CONFIG_KEYS}
+    body = {key: value for key, value in config.items() if key not in (*LOCAL_KEYS, "rtpurbo")}
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
 
 

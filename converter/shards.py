@@ -17,6 +17,8 @@ INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 256 << 20
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Where a config was loaded from: names of somebody's machine.
+LOCAL_KEYS = ("_name_or_path", "_model_name_or_path", "name_or_path", "tokenizer_file", "is_local", "local_files_only")
 # Tables that early exporters saved although the model computes them itself.
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")
 
@@ -53,9 +55,7 @@ def read_checkpoint(folder: Path, id: str, revision: str | None) -> Checkpoint:
     config = read_config(folder)
     architecture = architecture_of(config, str(folder / CONFIG))
     if (folder / "adapter_config.json").exists():
-        raise ValueError(
-            f"{folder / 'adapter_config.json'}: is an adapter beside the weights; merge it into the model and save that"
-        )
+        raise ValueError(f"{folder / 'adapter_config.json'}: is an adapter beside the weights; merge it into the model and save that")
     tensors = _read_shards(folder)
     tensors = {name: info for name, info in tensors.items() if not _IGNORED.fullmatch(name)}
     hf_config = transformers_config(config, str(folder / CONFIG))

@@ -1,0 +1,88 @@
+"""Which tensor goes where in an artifact: a fixed order, experts side by side, and shards of a bounded size."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from rtpurbo.converter.safetensors_format import ALIGNMENT, TensorInfo
+from rtpurbo.converter.shards import EMBEDDING, INDEX, LM_HEAD, SINGLE
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One weight file and its tensors in the order of their data."""
+
+    name: str
+    tensors: tuple[str, ...]
+
+
+def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[Shard]:
+    """Shards of at most `max_shard_bytes` of data, named as transformers names them.
+
+    Order: embedding, layers by number, norm, lm_head. The experts of a layer lie side by side, one stack per projection (all
+    gate_proj by number of the expert, then all up_proj, then all down_proj), so that a stack can be read as one [E, out, in] tensor.
+    A stack, like a single tensor, is never split, so one that is larger than the limit has a shard of its own.
+    The format allows no gaps; tensors whose size is no multiple of 8 bytes therefore come last, and all others begin at a multiple of 8.
+    ValueError when the experts of one stack differ in dtype or shape.
+    """
+    assert max_shard_bytes > 0, max_shard_bytes
+    shards: list[list[str]] = []
+    room = 0
+    for names in _stacks(tensors):
+        size = sum(tensors[name].nbytes for name in names)
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1] += names
+        room -= size
+    if len(shards) == 1:
+        return [Shard(name=SINGLE, tensors=tuple(shards[0]))]
+    return [Shard(name=f"model-{i:05d}-of-{len(shards):05d}.safetensors", tensors=tuple(names)) for i, names in enumerate(shards, 1)]
+
+
+def shard_index(shards: list[Shard], tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, Any]]:
+    """{INDEX: its JSON object} when there are several shards, else nothing."""
+    if len(shards) == 1:
+        return {}
+    weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+    size = sum(info.nbytes for info in tensors.values())
+    return {INDEX: {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}}
+
+
+def _stacks(tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """Names in the order on disk, in groups that may not be split."""
+    ordered = sorted(tensors, key=lambda name: (_misaligned(tensors[name]), *_place(name)))
+    for _, group in groupby(ordered, key=_stack_of):
+        names = list(group)
+        first = tensors[names[0]]
+        for name in names:
+            if (tensors[name].dtype, tensors[name].shape) != (first.dtype, first.shape):
+                raise ValueError(
+                    f"{tensors[name].file}: {name} is {tensors[name].dtype} {list(tensors[name].shape)}, "
+                    f"wanted {first.dtype} {list(first.shape)} as {names[0]}: the experts of a layer must be equal in size"
+                )
+        yield names
+
+
+def _stack_of(name: str) -> tuple[str, ...]:
+    expert = _EXPERT.fullmatch(name)
+    return (expert[1], expert[3]) if expert else (name,)
+
+
+def _misaligned(info: TensorInfo) -> int:
+    """0 for sizes that keep the next tensor aligned, else a rank that puts wide dtypes first."""
+    return 0 if info.nbytes % ALIGNMENT == 0 else 1 + ALIGNMENT - info.dtype.itemsize
+
+
+def _place(name: str) -> tuple[int, int, int, str, int]:
+    if expert := _EXPERT.fullmatch(name):
+        return (1, int(expert[1]), 1 + _PROJECTIONS.index(expert[3]), "", int(expert[2]))
+    if layer := _LAYER.fullmatch(name):
+        return (1, int(layer[1]), 0, layer[2], 0)
+    return ({EMBEDDING: 0, LM_HEAD: 3}.get(name, 2), 0, 0, name, 0)
