@@ -86,6 +86,7 @@ def _draw_scores(manifest: Manifest, axes: Any, cell_inches: float) -> Any:
         facecolor=_MARK,
         edgecolor="white",
         linewidth=0.6,
+        gid="retrieval-heads",
     )
     axes.set_xlabel("layer")
     axes.set_ylabel("query head")
