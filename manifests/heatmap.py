@@ -43,7 +43,7 @@ def _figure(manifest: Manifest) -> Any:
     heat = figure.add_axes((left / width, bottom / height, map_width / width, map_height / height))
     bars = figure.add_axes((left / width, (bottom + map_height + 0.12) / height, map_width / width, bar / height), sharex=heat)
     colours = figure.add_axes(((left + map_width + 0.15) / width, bottom / height, 0.14 / width, map_height / height))
-    image = _draw_scores(manifest, heat, map_width / num_layers)
+    image = _draw_scores(manifest, heat, min(map_width / num_layers, map_height / num_heads))
     colour_bar = figure.colorbar(image, cax=colours)
     colour_bar.set_label("retrieval score (square-root scale)" if map_height > 2 else "retrieval\nscore (sqrt)", fontsize=8)
     colour_bar.ax.tick_params(length=2, labelsize=8)
