@@ -45,6 +45,7 @@ def load_documents(
     seed: int,
     answer_tokens: int,
     split: Split,
+    at_least: int | None = None,
 ) -> list[Document]:
     """`count` documents of min_tokens ... max_tokens tokens (the beginning-of-text token included).
 
@@ -57,6 +58,7 @@ def load_documents(
     Rows with an answer: the document ends with the answer; a short one follows its predecessors; of a long one the oldest
     tokens are dropped. Plain texts: the last `answer_tokens` tokens are the answer (0: answer_start is None).
     Seed: draws lengths and, out of the first `count` + min(count, 16) documents, which and in which order.
+    at_least: accept a source that fills only so many documents (training then repeats them in epochs); default `count`.
     Memory: one row and the documents; the source is read only as far as needed. arXiv 2605.16928 section 5; joining and
     split are ours.
 
@@ -68,6 +70,9 @@ def load_documents(
         raise ValueError(f"answer_tokens is {answer_tokens}, wanted 0 ... min_tokens - 1 ({min_tokens - 1})")
     if count < 1:
         raise ValueError(f"count is {count}, wanted at least 1")
+    wanted = count if at_least is None else at_least
+    if not 1 <= wanted <= count:
+        raise ValueError(f"at_least is {at_least}, wanted 1 ... count ({count})")
     source = source.resolve()
     documents: list[Document] = []
     num_tokens = 0
@@ -80,11 +85,11 @@ def load_documents(
             if len(documents) == count + min(count, _MAX_SPARE):
                 break
         num_tokens = packer.num_tokens
-        if len(documents) >= count:
-            return random.Random(seed).sample(documents, count)
+        if len(documents) >= wanted:
+            return random.Random(seed).sample(documents, min(count, len(documents)))
     raise ValueError(
         f"{source.name}: the {split} part has {num_tokens} tokens, enough for {len(documents)} documents of {min_tokens}; "
-        f"wanted {count} documents ({count * min_tokens} tokens)"
+        f"wanted {wanted} documents ({wanted * min_tokens} tokens)"
     )
 
 
@@ -184,9 +189,7 @@ def _encode(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[np.ndarray,
     else:
         context, answer = row.text or "", ""
     # verbose=False: documents are longer than the model's own limit on purpose.
-    encoded = (
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else [] for text in (context, answer)
-    )
+    encoded = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else [] for text in (context, answer))
     context_ids, answer_ids = (_int32(ids) for ids in encoded)
     return context_ids, answer_ids
 
