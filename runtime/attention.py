@@ -1,7 +1,8 @@
 """The attention function that transformers calls: local heads on the ring, retrieval heads dense or on selected blocks."""
 
 # B batch  T chunk tokens  S cached tokens  H query heads  K kv heads  D head dim  I index-key sets  R index dim  N blocks
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,8 @@ from rtpurbo.runtime.layout import LayerLayout, Run
 from transformers import AttentionInterface
 
 NAME = "rtpurbo"
+# Called with (layer, selected_BHN of the retrieval heads in run-time order, visible_B) at every decode step.
+SelectionObserver = Callable[[int, torch.Tensor, torch.Tensor], None]
 # Elements of the largest boolean mask of the dense path: 64 MiB, whatever the length of the cache.
 MASK_ELEMENTS = 1 << 26
 
@@ -38,15 +41,6 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionRecord:
-    """What one layer selected in one decode step: blocks kept int32 [B, H] per retrieval head, blocks stored int32 [B]."""
-
-    layer: int
-    kept_BH: torch.Tensor
-    stored_B: torch.Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class AttentionContext:
     """One forward pass over a chunk, handed through the model's keyword arguments as `rtpurbo`.
 
@@ -61,7 +55,7 @@ class AttentionContext:
     counts_B: torch.Tensor
     rows: Rows
     newest: int
-    records: list[SelectionRecord] | None = field(default=None)
+    on_selection: SelectionObserver | None = None
 
 
 def plan_layer(layout: LayerLayout, weights: dict[str, torch.Tensor], layer: int, device: torch.device) -> LayerPlan:
@@ -200,9 +194,8 @@ def _attend_selected(
         block_size=block,
     )
     selected_BHTN = select_blocks(max_BHTN, sum_BHTN, top_p=manifest.top_p, sinks=manifest.sinks, block_size=block)
-    if context.records is not None:
-        kept_BH = selected_BHTN.sum(dim=-1).int()[:, :, 0]
-        context.records.append(SelectionRecord(layer=layer, kept_BH=kept_BH, stored_B=(-(-visible_BT // block))[:, 0]))
+    if context.on_selection is not None:
+        context.on_selection(layer, selected_BHTN[:, :, 0], visible_BT[:, 0])
     out_BTHD, _ = attend_blocks(
         q_BTHD,
         cache.k_BSKD[:, :newest],

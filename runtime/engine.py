@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from rtpurbo.manifests.architectures import ARCHITECTURES, PreRopeTap
 from rtpurbo.manifests.manifest import Manifest
-from rtpurbo.runtime.attention import AttentionContext, LayerPlan, SelectionRecord
+from rtpurbo.runtime.attention import AttentionContext, LayerPlan, SelectionObserver
 from rtpurbo.runtime.cache import Cache
 from rtpurbo.runtime.generation import Generation, Request, encode_prompts, run_batch
 from rtpurbo.runtime.sampling import SamplingOptions
@@ -18,10 +18,10 @@ PREFILL_CHUNK = 1024
 
 @dataclass(kw_only=True)
 class State:
-    """A batch in progress. Give `records` a list to have every decode step's selections appended to it."""
+    """A batch in progress. `on_selection`, if set, sees every selection of decode steps (runtime.attention.SelectionObserver)."""
 
     cache: Cache
-    records: list[SelectionRecord] | None = None
+    on_selection: SelectionObserver | None = None
 
 
 class Runtime:
@@ -181,7 +181,7 @@ class Runtime:
             counts_B=counts_B,
             rows=cache.rows(counts),
             newest=max(length + count for length, count in zip(cache.lengths, counts, strict=True)),
-            records=state.records,
+            on_selection=state.on_selection,
         )
         position_BT = cache.lengths_B.long()[:, None] + torch.arange(ids_BT.shape[1], device=self.device)
         output = self.model(
