@@ -1,0 +1,426 @@
+"""The conversion as a linear script: calibrate -> stage 1 -> stage 2 -> package, each step resumable in one work folder."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rtpurbo.converter import catalog, checkpoint
+from rtpurbo.converter.align import align
+from rtpurbo.converter.attention import IMPLEMENTATION, SparseSpec
+from rtpurbo.converter.calibrate import Calibration, calibrate, choose_roles, rank_stability
+from rtpurbo.converter.checkpoint import Checkpoint, load_model, load_rotary, open_checkpoint
+from rtpurbo.converter.data import STAGE1_DATA, STAGE2_DATA, DataSource, Document, load_documents
+from rtpurbo.converter.distill import cache_teacher, distill
+from rtpurbo.converter.evaluate import evaluate_indexers, evaluate_model, routing_agreement, routing_choices
+from rtpurbo.converter.indexer import index_scale, initial_indexer, mean_rotation, random_indexer
+from rtpurbo.converter.needle import calibration_documents, needle_questions
+from rtpurbo.converter.package import refuse_existing, write_artifact
+from rtpurbo.converter.recipe import RECIPE_NAME, Recipe
+from rtpurbo.converter.work import WorkFolder, binding_digest
+from rtpurbo.manifests import architectures
+from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, file_digest, roles_from_heads
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+_INDEXER = "indexer.safetensors"
+_STUDENT = "student.safetensors"
+_ROLES = "roles.json"
+
+
+class Reporter:
+    """Hears what a conversion does; the command line draws it, a library user may ignore it."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` units begins."""
+
+    def advance(self, facts: Mapping[str, Any]) -> None:
+        """One unit of the stage is done."""
+
+    def note(self, text: str) -> None:
+        """A fact worth a line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What all steps need: the opened checkpoint (RoPE scaling applied), its tokenizer, the recipe and the work folder."""
+
+    source: Checkpoint
+    tokenizer: Any
+    recipe: Recipe
+    work: WorkFolder
+    device: str
+    report: Reporter
+    inputs: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype of frozen passes and of autocast."""
+        return getattr(torch, self.recipe.dtype)
+
+    def roles(self) -> Manifest:
+        """The manifest of the calibrated roles; ValueError when calibration has not finished."""
+        path = self.work.path(_ROLES)
+        if not path.exists():
+            raise ValueError(f"{self.work.folder}: calibration has not finished ({_ROLES} is missing); run `rtpurbo calibrate` first")
+        return Manifest.load(path)
+
+    def documents(self, stage: str, split: str, count: int, shortest: int, longest: int, *, at_least: int | None = None) -> list[Document]:
+        """Documents of the stage's data source with `answer_tokens` marked."""
+        spec = getattr(self.recipe, f"{stage}_data") or (STAGE1_DATA if stage == "indexer" else STAGE2_DATA)
+        return load_documents(
+            DataSource.parse(spec),
+            self.tokenizer,
+            min_tokens=shortest,
+            max_tokens=longest,
+            count=count,
+            seed=self.recipe.seed,
+            answer_tokens=min(self.recipe.answer_tokens, shortest - 1),
+            split=split,  # type: ignore[arg-type]
+            at_least=at_least,
+        )
+
+
+def convert(
+    model: str,
+    out: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    resume: bool = False,
+    revision: str | None = None,
+    keep_work: bool = False,
+    report: Reporter | None = None,
+) -> Path:
+    """Convert a checkpoint into an artifact folder and return its path.
+
+    Args:
+        model: Hub id, local folder, or "demo".
+        out: folder to create; it appears by rename when everything is done. Unfinished work stays in `<out>.work`.
+        recipe: all options (default: the preset `paper`, or `demo` for the model "demo").
+        resume: continue in `<out>.work`.
+        keep_work: leave `<out>.work` behind.
+
+    Raises ValueError with one sentence for anything the user can mend.
+    """
+    out = Path(out)
+    refuse_existing(out)
+    conversion = begin(model, work_folder(out), recipe=recipe, resume=resume, revision=revision, report=report)
+    run_calibration(conversion)
+    run_indexer(conversion)
+    run_distillation(conversion)
+    run_package(conversion, out)
+    if not keep_work:
+        conversion.work.remove()
+    return out
+
+
+def work_folder(out: Path) -> Path:
+    """Where the conversion into `out` keeps its unfinished work."""
+    return out.with_name(out.name + ".work")
+
+
+def begin(
+    model: str,
+    folder: Path,
+    *,
+    recipe: Recipe | None = None,
+    resume: bool = False,
+    revision: str | None = None,
+    report: Reporter | None = None,
+) -> Conversion:
+    """Open model and work folder. Nothing is left behind when this fails on a folder that it created."""
+    report = report or Reporter()
+    resolved = catalog.resolve_model(model)
+    if resolved.substituted:
+        report.note(resolved.substituted)
+    recipe = recipe or Recipe.preset_named("demo" if resolved.kind == "demo" else "paper")
+    device = _device(recipe.device)
+    existed = folder.exists()
+    work = WorkFolder.open(folder, recipe, model, resume=resume)
+    try:
+        source = open_checkpoint(model, work=folder, revision=revision)
+        if recipe.rope_scaling:
+            source = dataclasses.replace(source, config=checkpoint.config_with_rope_scaling(source.config, recipe.rope_scaling))
+        _check_recipe(recipe, source)
+        if source.revision is None:
+            report.stage("digest of the weights", 1)
+            source = dataclasses.replace(source, revision=_weights_digest(source))
+            report.advance({})
+        tokenizer = _tokenizer(source.folder)
+        inputs = binding_digest(source.id, source.revision, checkpoint.config_digest(source.config))
+        if (found := work.read("inputs.json")) is None:
+            work.write("inputs.json", {"digest": inputs})
+        elif found["digest"] != inputs:
+            raise ValueError(f"{folder}: was begun with other weights of {source.id!r}; remove it to start again")
+    except BaseException:
+        if not existed:
+            work.remove()
+        raise
+    return Conversion(source=source, tokenizer=tokenizer, recipe=recipe, work=work, device=device, report=report, inputs=inputs)
+
+
+def run_calibration(c: Conversion) -> Manifest:
+    """Needle scores and roles; writes calibration.safetensors and the manifest of the roles. Source: METHOD section 1."""
+    if c.work.path(_ROLES).exists():
+        return c.roles()
+    r = c.recipe
+    filler = c.documents("indexer", "train", r.calibration_documents, r.calibration_tokens, r.calibration_tokens)
+    documents = calibration_documents(
+        c.tokenizer,
+        [d.token_ids.tolist() for d in filler],
+        count=r.calibration_documents,
+        tokens=r.calibration_tokens,
+        needle_tokens=r.needle_tokens,
+        window=r.sliding_window,
+        seed=r.seed,
+    )
+    c.report.stage("calibrate", c.source.config["num_hidden_layers"])
+    result = calibrate(c.source, documents, dtype=c.dtype, device=c.device, on_layer=lambda i: c.report.advance({"layer": i}))
+    result.save(c.work.path("calibration.safetensors"))
+    manifest = _manifest(c, result, documents)
+    manifest.save(c.work.path(_ROLES))
+    stability = manifest.calibration["rank_stability"]
+    c.report.note(
+        f"{manifest.num_retrieval_heads} retrieval heads in {manifest.num_retained_groups} KV groups; documents agree on "
+        f"{stability['top_overlap']:.0%} of the top {stability['num_top']} heads (Spearman {stability['spearman']:.2f})"
+    )
+    return manifest
+
+
+def run_indexer(c: Conversion) -> None:
+    """Stage 1: initialise from data, align, measure on held-out text; writes indexer.safetensors and indexer.json."""
+    if c.work.path("indexer.json").exists():
+        return
+    manifest, r = c.roles(), c.recipe
+    spec = sparse_spec(manifest)
+    rotary = load_rotary(c.source, device=c.device)
+    limit = max(r.sliding_window + 1, r.indexer_max_tokens)
+    rotation = mean_rotation(rotary, manifest.model.head_dim, min(r.sliding_window, limit - 1), limit, c.device)
+    initial = initial_indexer(
+        Calibration.load(c.work.path("calibration.safetensors")), spec.retrieval_heads, spec.key_sets, rotation, r.index_dim
+    )
+    documents = c.documents("indexer", "train", max(1, r.indexer_steps), r.indexer_min_tokens, r.indexer_max_tokens, at_least=1)
+    heldout = c.documents("indexer", "heldout", r.evaluation_documents, r.evaluation_tokens, r.evaluation_tokens)
+    model = load_model(c.source, dtype=c.dtype, device=c.device, attn_implementation=IMPLEMENTATION)
+    c.report.stage("stage 1: indexer", r.indexer_steps)
+    trained = align(model, c.source.architecture, spec, initial, documents, r, c.work, inputs=c.inputs, on_step=c.report.advance)
+    indexers = {"random": random_indexer(manifest.index_shapes(), r.seed), "initial": initial, "trained": trained}
+    result = evaluate_indexers(model, c.source.architecture, spec, indexers, heldout)
+    _save_tensors(c.work.path(_INDEXER), trained)
+    c.work.write("indexer.json", result)
+    if trained:
+        c.report.note(
+            "true attention mass on 5 % of the tokens: "
+            + ", ".join(f"{name} {result[name]['mass_5_percent']:.3f}" for name in ("random", "initial", "trained", "oracle"))
+        )
+
+
+def run_distillation(c: Conversion) -> None:
+    """Stage 2: cache the teacher, measure, self-distil, measure again; writes student.safetensors and distillation.json."""
+    if c.work.path("distillation.json").exists():
+        return
+    manifest, r = c.roles(), c.recipe
+    if not c.work.path("indexer.json").exists():
+        raise ValueError(f"{c.work.folder}: stage 1 has not finished (indexer.json is missing); run `rtpurbo train-indexer` first")
+    spec, indexer = sparse_spec(manifest), load_file(c.work.path(_INDEXER))
+    documents = c.documents(
+        "distill", "train", max(1, r.distill_steps * r.distill_batch), r.distill_min_tokens, r.distill_max_tokens, at_least=1
+    )
+    heldout = c.documents("distill", "heldout", r.evaluation_documents, r.evaluation_tokens, r.evaluation_tokens)
+    questions = needle_questions(
+        c.tokenizer,
+        [d.token_ids.tolist() for d in heldout],
+        count=r.evaluation_needles,
+        tokens=r.evaluation_tokens,
+        window=r.sliding_window,
+        seed=r.seed,
+    )
+    model = load_model(c.source, dtype=_source_dtype(c.source), device=c.device, attn_implementation=IMPLEMENTATION)
+    teachers = {"train": documents, "heldout": heldout}
+    c.report.stage("teacher logits", len(documents) + len(heldout))
+    for name, docs in teachers.items():
+        cache_teacher(
+            model,
+            docs,
+            c.work.path(f"teacher-{name}"),
+            top_k=r.teacher_top_k,
+            dtype=c.dtype,
+            inputs=c.inputs,
+            on_document=lambda n: c.report.advance({"document": n}),
+        )
+
+    def measure(spec: SparseSpec | None) -> dict[str, float]:
+        c.report.advance({})
+        return evaluate_model(model, c.source.architecture, spec, indexer, heldout, c.work.path("teacher-heldout"), questions, c.dtype)
+
+    if (before := c.work.read("before.json")) is None:
+        c.report.stage("evaluate before stage 2", 2)
+        before = {"full": measure(None), "sparse_before": measure(spec)}
+        c.work.write("before.json", before)
+    routing_path = c.work.path("teacher-routing.safetensors")
+    if not routing_path.exists():
+        _save_tensors(routing_path, routing_choices(model, c.source.architecture, None, indexer, heldout, c.dtype))
+    teacher_routing = load_file(routing_path)
+    c.report.stage("stage 2: distillation", r.distill_steps)
+    student = distill(
+        model,
+        c.source.architecture,
+        spec,
+        indexer,
+        documents,
+        c.work.path("teacher-train"),
+        r,
+        c.work,
+        inputs=binding_digest(c.inputs, file_digest(c.work.path(_INDEXER)).sha256),
+        on_step=c.report.advance,
+    )
+    c.report.stage("evaluate after stage 2", 2)
+    result = {**before, "sparse_after": measure(spec), "full_after": measure(None)}
+    kept = evaluate_indexers(model, c.source.architecture, spec, {"trained": indexer}, heldout)
+    if teacher_routing:
+        sparse_routing = routing_choices(model, c.source.architecture, spec, indexer, heldout, c.dtype)
+        result["sparse_after"]["routing_agreement"] = routing_agreement(teacher_routing, sparse_routing)
+    _save_tensors(c.work.path(_STUDENT), {name: tensor.to("cpu", c.source.tensors[name].dtype) for name, tensor in student.items()})
+    c.work.write("distillation.json", {"model": result, "indexer_after_distillation": kept})
+    c.report.note("; ".join(f"{name}: {_facts(result[name])}" for name in ("full", "sparse_before", "sparse_after")))
+
+
+def run_package(c: Conversion, out: Path) -> Manifest:
+    """Stream the distilled weights, manifest and indexer into `out`."""
+    if not c.work.path("distillation.json").exists():
+        raise ValueError(f"{c.work.folder}: stage 2 has not finished (distillation.json is missing); run `rtpurbo distill` first")
+    c.report.stage("package", 1)
+    metrics = {"indexer": c.work.read("indexer.json"), **c.work.read("distillation.json")}
+    summary = {
+        "indexer": {name: _without_heads(values) for name, values in metrics["indexer"].items()},
+        "indexer_after_distillation": _without_heads(metrics["indexer_after_distillation"].get("trained", {})),
+        "model": metrics["model"],
+    }
+    student = c.work.path(_STUDENT)
+    with safe_open(student, framework="pt") as file:
+        readers: dict[str, Callable[[], torch.Tensor]] = {name: (lambda n=name: file.get_tensor(n)) for name in file.keys()}  # noqa: SIM118
+        logs = {name: c.work.path(name) for name in ("indexer.jsonl", "distill.jsonl") if c.work.path(name).exists()}
+        manifest = write_artifact(
+            out,
+            c.source,
+            dataclasses.replace(c.roles(), metrics=summary),
+            indexer=load_file(c.work.path(_INDEXER)),
+            student=readers,
+            recipe_toml=c.work.path(RECIPE_NAME).read_text(encoding="utf-8"),
+            metrics=metrics,
+            extra_files=logs,
+        )
+    c.report.advance({})
+    return manifest
+
+
+def sparse_spec(manifest: Manifest) -> SparseSpec:
+    """The training pattern that a manifest describes."""
+    return SparseSpec(
+        retrieval_heads=[layer.retrieval_heads for layer in manifest.layers],
+        key_sets=[manifest.key_sets(i) for i in range(len(manifest.layers))],
+        window=manifest.sliding_window,
+        sinks=manifest.sinks,
+        top_p=manifest.top_p,
+        block_size=manifest.decode_block,
+        index_scale=manifest.indexer.scale,
+    )
+
+
+def _manifest(c: Conversion, calibration: Calibration, documents: list[Any]) -> Manifest:
+    config, r = c.source.config, c.recipe
+    shape = ModelShape(
+        model_type=config["model_type"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        num_key_value_heads=architectures.key_value_heads_of(config),
+        head_dim=architectures.head_dim_of(config),
+        max_position_embeddings=config["max_position_embeddings"],
+    )
+    scores = [[round(s, 6) for s in row] for row in calibration.scores_LH.tolist()]
+    roles = roles_from_heads(scores, choose_roles(scores, r, shape.group_size), shape.group_size)
+    num_top = round(r.retrieval_ratio * shape.num_hidden_layers * shape.num_attention_heads)
+    return Manifest(
+        base_model=BaseModel(
+            id=c.source.id,
+            revision=c.source.revision,
+            config_sha256=checkpoint.config_digest(config),
+            tokenizer_sha256=checkpoint.tokenizer_digest(c.source.folder),
+        ),
+        model=shape,
+        granularity=r.granularity,
+        group_threshold=r.group_threshold,
+        layers=roles,
+        sliding_window=r.sliding_window,
+        sinks=r.sinks,
+        indexer=Indexer(dim=r.index_dim, keys=r.index_keys, scale=index_scale(shape.head_dim)),
+        top_p=r.top_p,
+        decode_block=r.decode_block,
+        prefill_block=r.prefill_block,
+        prefill_pattern="dense",
+        dense_below=r.dense_below,
+        calibration={
+            "documents": [{"tokens": len(d.token_ids), "earlier": d.earlier, "later": d.later, "needle": d.needle} for d in documents],
+            "rank_stability": rank_stability(calibration.scores_NLH, num_top),
+        },
+        recipe=r.provenance(),
+        libraries={name: importlib.metadata.version(name) for name in ("rtpurbo", "torch", "transformers", "safetensors")},
+    )
+
+
+def _check_recipe(recipe: Recipe, source: Checkpoint) -> None:
+    head_dim, positions = architectures.head_dim_of(source.config), source.config["max_position_embeddings"]
+    if recipe.index_dim > head_dim:
+        raise ValueError(f"index_dim is {recipe.index_dim}, wanted at most the model's head_dim {head_dim}")
+    for name in ("calibration_tokens", "indexer_max_tokens", "distill_max_tokens", "evaluation_tokens"):
+        if (value := getattr(recipe, name)) > positions:
+            raise ValueError(
+                f"{name} is {value}, but {source.id} has max_position_embeddings {positions}: lower it, or stretch the model with "
+                f"--rope-scaling yarn:{-(-value // positions)}"
+            )
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"{folder}: has no tokenizer that transformers can load ({str(error).splitlines()[0][:200]})") from error
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0][:120]})") from error
+    return name
+
+
+def _weights_digest(source: Checkpoint) -> str:
+    files = sorted({info.file for info in source.tensors.values()})
+    return "sha256:" + binding_digest([file_digest(Path(file)).sha256 for file in files])
+
+
+def _source_dtype(source: Checkpoint) -> torch.dtype:
+    """The dtype of the checkpoint's embedding: what training copies start from and the artifact is stored in."""
+    return source.tensors["model.embed_tokens.weight"].dtype
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def _without_heads(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "heads"}
+
+
+def _facts(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
