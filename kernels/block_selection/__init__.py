@@ -1,11 +1,16 @@
-"""select_blocks: dynamic top-p over blocks of keys by a histogram of block maxima, without a sort."""
+"""select_blocks: dynamic top-p over blocks of keys by a histogram of block maxima, without a sort.
 
-# B batch  H retrieval query heads  T query tokens  N blocks
+score_and_select: the decode form, fused with the index scores in one launch; it returns ids instead of a mask.
+"""
+
+# B batch  H retrieval query heads  T query tokens  S cached tokens  I index-key sets  R index dim  N blocks
 import torch
+from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import reference
+from rtpurbo.kernels.block_selection.plan import SelectionPlan, plan_selection
 from rtpurbo.kernels.block_selection.reference import mask_to_ids
 
-__all__ = ["mask_to_ids", "select_blocks"]
+__all__ = ["SelectionPlan", "mask_to_ids", "plan_selection", "score_and_select", "select_blocks"]
 
 
 def select_blocks(
@@ -41,3 +46,65 @@ def select_blocks(
     if impl not in ("auto", "reference"):
         raise ValueError(f"select_blocks: impl {impl!r} is not one of auto, reference")
     return reference.select_blocks(max_BHTN, sum_BHTN, top_p, sinks, block_size)
+
+
+def score_and_select(
+    index_q_BHR: torch.Tensor,
+    index_k_BSIR: torch.Tensor,
+    *,
+    plan: SelectionPlan,
+    lengths_B: torch.Tensor,
+    scale: float,
+    top_p: float,
+    sinks: int,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`block_scores` of one query token and `select_blocks` of the result: one launch, no sort, no host synchronisation.
+
+    On a GPU masses are taken from fp32 scores (the reference: fp64), so a decision within ~1e-6 of a bin edge or of
+    top_p * total may differ from the reference; equal inputs always give equal sets.
+
+    Args:
+        index_q_BHR: index queries of the retrieval heads, in the order of the plan's key_set_H; fp32, or bf16.
+        index_k_BSIR: cached index keys, fp32, bf16 or fp8 e4m3, any strides with a contiguous last axis;
+            S <= the plan's capacity. Rows at or beyond a sequence's length may hold anything.
+        plan: from `plan_selection`; B <= its batch.
+        lengths_B: int32, cached tokens of every sequence, the query's own included; read on the device.
+        scale: logit scale (manifest `indexer.scale`).
+        top_p: > 0; >= 1 selects every block.
+        sinks: tokens whose block(s) are forced, like the newest two blocks.
+        impl: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
+
+    Returns ids int32 [B, H, N], ascending, and count int32 [B, H]; places at or beyond the count are unspecified.
+    Raises ValueError for inputs that do not fit the plan. Source: arXiv 2605.16928 section 3.4; parts, plans: ours.
+    """
+    B, H, R = index_q_BHR.shape
+    if len(plan.key_set_H) != H or plan.batch < B:
+        raise ValueError(
+            f"score_and_select: index_q {tuple(index_q_BHR.shape)}, the plan is for a batch of {plan.batch} and {len(plan.key_set_H)} heads"
+        )
+    if index_k_BSIR.shape[0] != B or index_k_BSIR.shape[2:] != (plan.num_sets, R) or index_k_BSIR.stride(3) != 1:
+        raise ValueError(
+            f"score_and_select: index_k {tuple(index_k_BSIR.shape)} does not fit {plan.num_sets} key sets of index_q "
+            f"{tuple(index_q_BHR.shape)} (last axis contiguous)"
+        )
+    if index_k_BSIR.shape[1] > plan.capacity_blocks * plan.block_size or lengths_B.shape != (B,):
+        raise ValueError(
+            f"score_and_select: {index_k_BSIR.shape[1]} tokens or lengths {tuple(lengths_B.shape)}, the plan holds "
+            f"{plan.capacity_blocks} blocks of {plan.block_size} for {B} sequences"
+        )
+    if not top_p > 0 or lengths_B.dtype != torch.int32 or index_q_BHR.stride(2) != 1:
+        raise ValueError(f"score_and_select: top_p {top_p} must be > 0, lengths {lengths_B.dtype} int32, index_q contiguous")
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"score_and_select: impl {impl!r} is not one of auto, triton, reference")
+    if impl == "triton" or (impl == "auto" and index_q_BHR.is_cuda):
+        from rtpurbo.kernels.block_selection import kernel
+
+        return kernel.launch(plan, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks)
+    key_set_H = torch.tensor(plan.key_set_H, device=index_q_BHR.device)
+    max_BHTN, sum_BHTN = block_scores(
+        index_q_BHR[:, None], index_k_BSIR, key_set_H=key_set_H, visible_BT=lengths_B[:, None], scale=scale,
+        block_size=plan.block_size,
+    )  # fmt: skip
+    mask_BHTN = select_blocks(max_BHTN, sum_BHTN, top_p=top_p, sinks=sinks, block_size=plan.block_size)
+    return mask_to_ids(mask_BHTN[:, :, 0])

@@ -55,9 +55,7 @@ def select_blocks(max_BHTN: torch.Tensor, sum_BHTN: torch.Tensor, top_p: float, 
     return valid & (forced | bin_taken.gather(-1, bins))
 
 
-def select_blocks_exact(
-    max_BHTN: torch.Tensor, sum_BHTN: torch.Tensor, top_p: float, sinks: int, block_size: int
-) -> torch.Tensor:
+def select_blocks_exact(max_BHTN: torch.Tensor, sum_BHTN: torch.Tensor, top_p: float, sinks: int, block_size: int) -> torch.Tensor:
     """The exact set: forced blocks, then the shortest prefix in (m_b descending, index ascending) that reaches the mass."""
     valid = sum_BHTN > 0
     if top_p >= 1.0:

@@ -1,0 +1,26 @@
+"""Completion counters inside one launch: programs arrive, and the last ones go on with what the others wrote."""
+# Triton's compiler, not Python's type rules, decides what the jitted functions mean:
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Add one and return the old value; everything this program wrote before is visible to whoever reads the new value.
+
+    The barrier first: the atomic is executed by one thread, and its release covers the other threads' stores only after it.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def wait_until(counter_ptr, target):
+    """Spin until the counter reaches target. The caller makes sure that those it waits for can run (see `division.max_waiting`)."""
+    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    while seen < target:
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()

@@ -1,0 +1,36 @@
+"""How decode kernels divide their work: heads by group, programs by multiprocessor."""
+
+# G heads of a group, padded to a power of two
+from collections.abc import Sequence
+
+import torch
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def group_heads(group_H: Sequence[int], num_groups: int, device: torch.device) -> torch.Tensor:
+    """Table int32 [num_groups, G]: the heads of every group in order, padded with -1 to a common power of two."""
+    members: list[list[int]] = [[] for _ in range(num_groups)]
+    for head, group in enumerate(group_H):
+        members[group].append(head)
+    width = next_power_of_2(max(len(heads) for heads in members))
+    return torch.tensor([heads + [-1] * (width - len(heads)) for heads in members], dtype=torch.int32, device=device)
+
+
+def num_processors_of(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 8 on a CPU, where the interpreter runs one program after the other."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 8
+
+
+def max_waiting(num_groups: int, num_processors: int) -> int:
+    """How many programs of each of num_groups counters may wait for the rest of their group without ever stopping it.
+
+    Only the very last program of a group waits for nobody, so num_groups * (result - 1) programs wait at most. Every
+    multiprocessor holds at least one program: with the waiting ones on fewer than half of them, the others always get a
+    place, also when two such launches overlap.
+    """
+    return 1 + max(0, num_processors // 2 - 1) // num_groups

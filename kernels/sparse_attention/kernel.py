@@ -1,0 +1,270 @@
+"""Decode attention in Triton: one query token over blocks of the cache, split over the GPU and merged in one launch."""
+# Triton's compiler, not Python's type rules, decides what the jitted functions mean:
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
+
+# B batch  H query heads  J jobs (a row of heads that read the same blocks)  G heads of a job (padded)  D head dim
+# N blocks  L slots for partial results
+import torch
+import triton
+import triton.language as tl
+from rtpurbo.kernels.arrival import arrive, wait_until
+
+LOG2E = 1.4426950408889634
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def attend_chunk(
+    q_GD,
+    k_base,
+    v_base,
+    ids_ptr,
+    first,
+    end,
+    tokens,
+    stride_ks,
+    stride_vs,
+    scale_log2,
+    HAS_IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Online softmax (base 2) of the job's heads over blocks first ... end - 1 of its list."""
+    best_G = tl.full([G], float("-inf"), tl.float32)
+    sum_G = tl.zeros([G], tl.float32)
+    acc_GD = tl.zeros([G, D_PADDED], tl.float32)
+    dim_D = tl.arange(0, D_PADDED)
+    offset_s = tl.arange(0, BLOCK)
+    for i in tl.range(first, end, num_stages=STAGES):
+        block = i
+        if HAS_IDS:
+            block = tl.load(ids_ptr + i)
+        token_s = block * BLOCK + offset_s
+        stored_s = token_s < tokens
+        row_s = token_s.to(tl.int64)[:, None]
+        # Rows that were never written may hold NaN: they are replaced, not only weighted with zero.
+        mask_sD = stored_s[:, None] & (dim_D < D)[None, :]
+        k_sD = tl.load(k_base + row_s * stride_ks + dim_D[None, :], mask=mask_sD, other=0.0)
+        v_sD = tl.load(v_base + row_s * stride_vs + dim_D[None, :], mask=mask_sD, other=0.0)
+        logits_Gs = tl.dot(q_GD, tl.trans(k_sD), input_precision="ieee") * scale_log2
+        logits_Gs = tl.where(stored_s[None, :], logits_Gs, float("-inf"))
+        new_best_G = tl.maximum(best_G, tl.max(logits_Gs, axis=1))
+        weight_Gs = tl.exp2(logits_Gs - new_best_G[:, None])
+        decay_G = tl.exp2(best_G - new_best_G)
+        sum_G = sum_G * decay_G + tl.sum(weight_Gs, axis=1)
+        acc_GD = acc_GD * decay_G[:, None] + tl.dot(weight_Gs.to(v_sD.dtype), v_sD, input_precision="ieee")
+        best_G = new_best_G
+    return best_G, sum_G, acc_GD
+
+
+@triton.jit
+def merge_head(
+    acc_ptr,
+    best_ptr,
+    sum_ptr,
+    chunks,
+    stride_chunk,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Sum one head's partial results in the order of its chunks; returns out fp32 [D] and the base-2 log of the sum."""
+    dim_D = tl.arange(0, D_PADDED)
+    chunk_c = tl.arange(0, MAX_CHUNKS)
+    used_c = chunk_c < chunks
+    best_c = tl.load(best_ptr + chunk_c * stride_chunk, mask=used_c, other=float("-inf"), cache_modifier=".cg")
+    sum_c = tl.load(sum_ptr + chunk_c * stride_chunk, mask=used_c, other=0.0, cache_modifier=".cg")
+    best = tl.max(best_c)
+    total = tl.sum(sum_c * tl.exp2(best_c - best))
+    out_D = tl.zeros([D_PADDED], tl.float32)
+    for start in range(0, chunks, TILE):
+        tile_c = start + tl.arange(0, TILE)
+        mask_c = tile_c < chunks
+        tile_best_c = tl.load(best_ptr + tile_c * stride_chunk, mask=mask_c, other=float("-inf"), cache_modifier=".cg")
+        acc_cD = tl.load(
+            acc_ptr + tile_c[:, None] * stride_chunk * D + dim_D[None, :],
+            mask=mask_c[:, None] & (dim_D < D)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        out_D += tl.sum(acc_cD * tl.exp2(tile_best_c - best)[:, None], axis=0)
+    return out_D / total, best + tl.log2(total)
+
+
+@triton.jit
+def attend_decode_kernel(
+    q_ptr,  # [B, H, D], last axis contiguous
+    k_ptr,  # [B, S, K, D], last axis contiguous
+    v_ptr,
+    out_ptr,  # [B, H, D], contiguous rows
+    lse_ptr,  # fp32 [B, H]
+    ids_ptr,  # int32 [B, J, N], without ids: unused
+    count_ptr,  # int32 [B, J], without ids: unused
+    lengths_ptr,  # int32 [B]
+    heads_ptr,  # int32 [J, G], -1 where a job has fewer heads
+    kv_head_ptr,  # int32 [J]
+    acc_ptr,  # fp32 [B, L, G, D]
+    best_ptr,  # fp32 [B, L, G]
+    sum_ptr,  # fp32 [B, L, G]
+    counter_ptr,  # int32 [B, J, 2], zero between launches
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_ks,
+    stride_kh,
+    stride_vb,
+    stride_vs,
+    stride_vh,
+    stride_ob,
+    stride_oh,
+    num_heads,
+    num_jobs,
+    slots,
+    capacity,
+    target_programs,
+    scale_log2,
+    HAS_IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    G: tl.constexpr,
+    G_PADDED: tl.constexpr,
+    J_PADDED: tl.constexpr,
+    MAX_CHUNKS: tl.constexpr,
+    MERGE_TILE: tl.constexpr,
+    MAX_MERGERS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    tokens = tl.minimum(tl.load(lengths_ptr + batch), slots)
+    job_J = tl.arange(0, J_PADDED)
+    real_J = job_J < num_jobs
+    if HAS_IDS:
+        blocks_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0)
+    else:
+        blocks_J = tl.where(real_J, tl.cdiv(tokens, BLOCK), 0)
+    # Equal chunks over all jobs of the sequence: a head with many blocks gets many programs.
+    chunk_blocks = tl.maximum(tl.cdiv(tl.sum(blocks_J), target_programs), 1)
+    chunks_J = tl.where(real_J, tl.maximum(tl.cdiv(blocks_J, chunk_blocks), 1), 0)
+    ends_J = tl.cumsum(chunks_J, axis=0)
+    job = tl.sum((real_J & (ends_J <= program)).to(tl.int32))
+    if job >= num_jobs:
+        return
+    chunks = tl.sum(tl.where(job_J == job, chunks_J, 0))
+    blocks = tl.sum(tl.where(job_J == job, blocks_J, 0))
+    first_program = tl.sum(tl.where(job_J == job, ends_J, 0)) - chunks
+    first = (program - first_program) * chunk_blocks
+    end = tl.minimum(first + chunk_blocks, blocks)
+
+    slot_G = tl.arange(0, G_PADDED)
+    dim_D = tl.arange(0, D_PADDED)
+    head_G = tl.load(heads_ptr + job * G + slot_G, mask=slot_G < G, other=-1)
+    used_G = head_G >= 0
+    used_GD = used_G[:, None] & (dim_D < D)[None, :]
+    q_GD = tl.load(q_ptr + batch * stride_qb + head_G[:, None] * stride_qh + dim_D[None, :], mask=used_GD, other=0.0)
+    kv_head = tl.load(kv_head_ptr + job).to(tl.int64)
+    best_G, sum_G, acc_GD = attend_chunk(
+        q_GD, k_ptr + batch * stride_kb + kv_head * stride_kh, v_ptr + batch * stride_vb + kv_head * stride_vh,
+        ids_ptr + (batch * num_jobs + job) * capacity, first, end, tokens, stride_ks, stride_vs, scale_log2,
+        HAS_IDS, BLOCK, D, G_PADDED, D_PADDED, STAGES,
+    )  # fmt: skip
+
+    out_ptr += batch * stride_ob
+    lse_ptr += batch * num_heads
+    if chunks == 1:
+        # A head without any key gives 0 and -inf.
+        weight_G = tl.where(sum_G > 0, 1.0 / sum_G, 0.0)
+        out_ptrs_GD = out_ptr + head_G[:, None] * stride_oh + dim_D[None, :]
+        tl.store(out_ptrs_GD, (acc_GD * weight_G[:, None]).to(out_ptr.dtype.element_ty), mask=used_GD)
+        tl.store(lse_ptr + head_G, (best_G + tl.log2(sum_G)) * LN2, mask=used_G)
+        return
+    row = (batch * tl.num_programs(0) + program) * G
+    tl.store(best_ptr + row + slot_G, best_G, mask=used_G)
+    tl.store(sum_ptr + row + slot_G, sum_G, mask=used_G)
+    tl.store(acc_ptr + (row + slot_G)[:, None] * D + dim_D[None, :], acc_GD, mask=used_GD)
+    counter_ptr += (batch * num_jobs + job) * 2
+    ticket = arrive(counter_ptr)
+    heads_in_job = tl.sum(used_G.to(tl.int32))
+    mergers = tl.minimum(tl.minimum(heads_in_job, chunks), MAX_MERGERS)
+    merger = ticket - (chunks - mergers)
+    if merger < 0:
+        return
+    wait_until(counter_ptr, chunks)
+    for slot in range(merger, heads_in_job, mergers):
+        head = tl.load(heads_ptr + job * G + slot)
+        first_row = (batch * tl.num_programs(0) + first_program) * G + slot
+        out_D, lse = merge_head(
+            acc_ptr + first_row * D, best_ptr + first_row, sum_ptr + first_row, chunks, G, D, D_PADDED, MAX_CHUNKS, MERGE_TILE
+        )
+        tl.store(out_ptr + head * stride_oh + dim_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
+        tl.store(lse_ptr + head, lse * LN2)
+    if arrive(counter_ptr + 1) == mergers - 1:
+        tl.store(counter_ptr, 0)
+        tl.store(counter_ptr + 1, 0)
+
+
+def launch(
+    plan,
+    q_BHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    lengths_B: torch.Tensor,
+    ids_BJN: torch.Tensor | None,
+    count_BJ: torch.Tensor | None,
+    scale: float,
+    out_BHD: torch.Tensor,
+    lse_BH: torch.Tensor,
+) -> None:
+    """Run the kernel with an `AttendPlan`'s workspace; writes out and lse of the plan's heads."""
+    B, H, D = q_BHD.shape
+    J, G = plan.heads_JG.shape
+    attend_decode_kernel[(plan.programs + J, B)](
+        q_BHD,
+        k_BSKD,
+        v_BSKD,
+        out_BHD,
+        lse_BH,
+        ids_BJN if ids_BJN is not None else plan.counters,
+        count_BJ if count_BJ is not None else plan.counters,
+        lengths_B,
+        plan.heads_JG,
+        plan.kv_head_J,
+        plan.acc_BLGD,
+        plan.best_BLG,
+        plan.sum_BLG,
+        plan.counters,
+        q_BHD.stride(0),
+        q_BHD.stride(1),
+        k_BSKD.stride(0),
+        k_BSKD.stride(1),
+        k_BSKD.stride(2),
+        v_BSKD.stride(0),
+        v_BSKD.stride(1),
+        v_BSKD.stride(2),
+        out_BHD.stride(0),
+        out_BHD.stride(1),
+        H,
+        J,
+        k_BSKD.shape[1],
+        0 if ids_BJN is None else ids_BJN.shape[2],
+        plan.programs,
+        float(scale) * LOG2E,
+        HAS_IDS=ids_BJN is not None,
+        BLOCK=plan.block_size,
+        D=D,
+        D_PADDED=triton.next_power_of_2(D),
+        G=G,
+        G_PADDED=max(16, G),
+        J_PADDED=triton.next_power_of_2(J),
+        MAX_CHUNKS=triton.next_power_of_2(plan.programs + J),
+        MERGE_TILE=plan.merge_tile,
+        MAX_MERGERS=plan.max_mergers,
+        STAGES=plan.stages,
+        num_warps=plan.num_warps,
+    )

@@ -1,0 +1,85 @@
+"""Workspace and work division of decode attention: made once for a layer shape, used by every step."""
+
+# B batch  H query heads  J jobs  G heads of a job (padded)  D head dim  L slots for partial results
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendPlan:
+    """Static facts and scratch memory of decode attention; calls that share one must not overlap in time.
+
+    A job is a row of query heads that read the same blocks of the same KV head.
+    """
+
+    head_J: tuple[tuple[int, ...], ...]
+    kv_J: tuple[int, ...]
+    block_size: int
+    programs: int
+    max_mergers: int
+    merge_tile: int
+    stages: int
+    num_warps: int
+    heads_JG: torch.Tensor
+    kv_head_J: torch.Tensor
+    acc_BLGD: torch.Tensor
+    best_BLG: torch.Tensor
+    sum_BLG: torch.Tensor
+    counters: torch.Tensor
+
+
+def plan_attention(
+    head_J: Sequence[Sequence[int]],
+    kv_head_J: Sequence[int],
+    *,
+    batch: int,
+    head_dim: int,
+    device: torch.device | str,
+    block_size: int = 64,
+    programs_per_processor: int = 2,
+    merge_tile: int = 32,
+    stages: int = 3,
+    num_warps: int = 4,
+) -> AttendPlan:
+    """Divide the work of `attend_selected` (one head a job) or `attend_slots` (the heads of a KV group a job).
+
+    Args:
+        head_J: for every job its query heads, as rows of q and out; a head belongs to one job.
+        kv_head_J: for every job the KV head it reads.
+        batch, head_dim: largest batch; D.
+        device: where the cache lives.
+        block_size, programs_per_processor, merge_tile, stages, num_warps: work division, see benchmarks/decode.md.
+
+    Raises ValueError for jobs that are empty, share a head or lack a KV head.
+    """
+    device = torch.device(device)
+    heads = [head for job in head_J for head in job]
+    if not heads or any(not job for job in head_J) or len(set(heads)) != len(heads) or len(kv_head_J) != len(head_J):
+        raise ValueError(f"plan_attention: jobs {[list(job) for job in head_J]} and KV heads {list(kv_head_J)} do not fit")
+    job_of = {head: job for job, members in enumerate(head_J) for head in members}
+    local_JG = group_heads([job_of[head] for head in heads], len(head_J), torch.device("cpu"))
+    heads_JG = torch.where(local_JG >= 0, torch.tensor(heads)[local_JG.long().clamp(min=0)], -1)
+    J, G = heads_JG.shape
+    num_processors = num_processors_of(device)
+    programs = max(1, -(-num_processors * programs_per_processor // batch))
+    slots = programs + J
+    return AttendPlan(
+        head_J=tuple(tuple(job) for job in head_J),
+        kv_J=tuple(kv_head_J),
+        block_size=block_size,
+        programs=programs,
+        # The interpreter runs one program after the other: there the last one must not wait for a later one.
+        max_mergers=max_waiting(batch * J, num_processors) if device.type == "cuda" else 1,
+        merge_tile=merge_tile,
+        stages=stages,
+        num_warps=num_warps,
+        heads_JG=heads_JG.to(device=device, dtype=torch.int32),
+        kv_head_J=torch.tensor(list(kv_head_J), dtype=torch.int32, device=device),
+        acc_BLGD=torch.empty(batch, slots, G, head_dim, dtype=torch.float32, device=device),
+        best_BLG=torch.empty(batch, slots, G, dtype=torch.float32, device=device),
+        sum_BLG=torch.empty(batch, slots, G, dtype=torch.float32, device=device),
+        counters=torch.zeros(batch, J, 2, dtype=torch.int32, device=device),
+    )
