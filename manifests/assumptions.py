@@ -171,7 +171,7 @@ def options_of_manifest(options: PlanOptions, roles: Manifest, shape: Shape, mod
 
 
 def _share(ratio: float, count: int) -> int:
-    return max(round(ratio * count), 1) if ratio else 0
+    return round(ratio * count)
 
 
 def _expected_groups(retrieval: int, groups: int, size: int) -> int:

@@ -37,7 +37,9 @@ class Plan:
 
     @property
     def index_bytes_per_token(self) -> int:
-        """Index sets * index_dim * index_key_bytes."""
+        """Index sets * index_dim * index_key_bytes; 0 with top_p 1, where nothing is scored."""
+        if self.options.top_p >= 1:
+            return 0
         return self.roles.index_sets * self.options.index_dim * self.options.index_key_bytes
 
     @property

@@ -168,7 +168,8 @@ def _cache_sizes(manifest: Manifest, kv_bytes: int) -> dict[str, Any]:
     pair = 2 * shape.head_dim * kv_bytes
     num_groups, retained = shape.num_hidden_layers * shape.num_key_value_heads, manifest.num_retained_groups
     sets = manifest.num_retrieval_heads if manifest.indexer.keys == "head" else retained
-    index = sets * manifest.indexer.dim * KEY_BYTES[manifest.indexer.key_dtype]
+    # With top_p 1 nothing is scored, so no index keys are cached.
+    index = sets * manifest.indexer.dim * KEY_BYTES[manifest.indexer.key_dtype] if manifest.top_p < 1 else 0
     rings = (num_groups - retained) * pair * (manifest.sinks + manifest.sliding_window)
     return {
         "kv_bytes_per_element": kv_bytes,

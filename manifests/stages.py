@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from rtpurbo.manifests.assumptions import PlanOptions
 from rtpurbo.manifests.parameters import Parameters, Shape
 
-# One optimiser state per trained parameter: fp32 master, two fp32 Adam moments; the gradient has the weights' dtype.
-MASTER_BYTES, ADAM_BYTES = 4, 8
+# Per trained parameter: fp32 master and gradient, two fp32 Adam moments. Autocast keeps a copy in the weights' dtype beside them.
+MASTER_BYTES, GRADIENT_BYTES, ADAM_BYTES = 4, 4, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def indexer(work: Work) -> Stage:
             "index q, k and gradients": 2 * longest * 2 * shape.num_heads * options.index_dim * 4,
             "softmax sums": 2 * longest * shape.num_heads * 4,
             "chunk": work.layer_activation_bytes(min(options.chunk, longest)),
-            "indexer, gradient, Adam": work.num_indexer_parameters * (4 + 4 + ADAM_BYTES),
+            "indexer, gradient, Adam": work.num_indexer_parameters * (MASTER_BYTES + GRADIENT_BYTES + ADAM_BYTES),
         },
         seconds=work.seconds(flops, options.indexer_steps * work.parameters.total * options.weight_bytes),
     )
@@ -128,7 +128,7 @@ def distillation(work: Work) -> Stage:
     """Stage 2: weights, what the trained part adds, layer inputs kept for recomputation, one layer's activations, logits."""
     shape, options = work.shape, work.options
     longest, mean = options.distill_max_tokens, (options.distill_min_tokens + options.distill_max_tokens) // 2
-    trained, trained_share, weight_bytes = _trained(work)
+    trained, trained_share = _trained(work)
     documents = options.distill_steps * options.distill_batch
     forward = work.linear_flops(mean, options.answer_tokens)
     flops = documents * (
@@ -144,7 +144,7 @@ def distillation(work: Work) -> Stage:
         memory_bytes={
             "weights": work.parameters.total * options.weight_bytes,
             "fp32 masters": trained * MASTER_BYTES,
-            "gradients": trained * weight_bytes,
+            "gradients": trained * GRADIENT_BYTES,
             "Adam": trained * ADAM_BYTES,
             "layer inputs": shape.num_layers * longest * shape.hidden_size * options.weight_bytes,
             "one layer, recomputed, and gradients": 2 * work.layer_activation_bytes(longest),
@@ -156,17 +156,16 @@ def distillation(work: Work) -> Stage:
     )
 
 
-def _trained(work: Work) -> tuple[int, float, int]:
-    """(trained parameters, their share of the multiplied ones, bytes of a gradient element)."""
+def _trained(work: Work) -> tuple[int, float]:
+    """Trained parameters, and the share of the multiplied ones whose weight gradient is computed."""
     p, options = work.parameters, work.options
     if options.train == "lora":
-        # Adapters are fp32 themselves: the master is the adapter.
         adapters = p.lora(work.shape, options.lora_rank)
-        return adapters, adapters / p.active_backbone, 4
+        return adapters, adapters / p.active_backbone
     if options.train == "attention":
-        return p.attention, p.attention / p.active_backbone, options.weight_bytes
+        return p.attention, p.attention / p.active_backbone
     frozen = p.active_experts + p.router
-    return p.total - p.experts - p.router, 1 - frozen / p.active_backbone, options.weight_bytes
+    return p.total - p.experts - p.router, 1 - frozen / p.active_backbone
 
 
 def serving(work: Work, cache_bytes: int, context: int, batch: int) -> Stage:

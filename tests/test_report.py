@@ -1,5 +1,6 @@
 """What `inspect` says and draws: facts equal the manifest, pictures are complete files, mistakes are named."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -68,6 +69,11 @@ def test_the_cache_sizes_count_groups_rings_and_index(keys, sets):
     assert at["num_tokens"] == 32768
     assert at["converted_bytes"] == 32768 * (1024 + sets * 32) + cache["ring_bytes"]
     assert cache["at"]["1M"]["dense_bytes"] == 2048 << 20
+
+
+def test_no_index_is_counted_when_everything_is_selected():
+    cache = describe(dataclasses.replace(manifest(), top_p=1.0))["cache"]
+    assert cache["index_bytes_per_token"] == cache["at"]["1M"]["index_bytes"] == 0
 
 
 @pytest.mark.parametrize("width", [60, 120])
