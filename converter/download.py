@@ -25,7 +25,6 @@ def download_checkpoint(repo: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _snapshot(repo: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:
-    import httpx
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -42,7 +41,8 @@ def _snapshot(repo: str, revision: str | None, wanted: list[str], unwanted: list
         raise ValueError(f"{repo}: the Hub has no revision {revision!r} of it") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise ValueError(f"{repo}{at}: is not in the local cache and the Hub cannot be reached{nearest_names(repo)}") from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, errors.XetDownloadError) as error:
+    # HTTPError comes from the HTTP library of the installed version of huggingface_hub: httpx or its successor.
+    except (errors.HTTPError, errors.XetDownloadError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise ValueError(f"{repo}{at}: the download failed: {' '.join(str(error).split())[:300]}") from error
     except OSError as error:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)

@@ -60,7 +60,7 @@ def read_checkpoint(folder: Path, id: str, revision: str | None) -> Checkpoint:
     tensors = {name: info for name, info in tensors.items() if not _IGNORED.fullmatch(name)}
     hf_config = transformers_config(config, str(folder / CONFIG))
     tied = bool(hf_config.tie_word_embeddings)
-    _compare(folder, tensors, expected_tensors(hf_config), tied)
+    _compare(folder, tensors, expected_tensors(hf_config, str(folder / CONFIG)), tied)
     if tied and LM_HEAD in tensors:
         if any(a != b for a, b in zip(read_bytes(tensors[LM_HEAD]), read_bytes(tensors[EMBEDDING]), strict=False)):
             raise ValueError(
@@ -81,14 +81,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_json(path: Path, missing: str) -> dict[str, Any]:
     """A JSON object from a file; ValueError with the sentence `missing` when there is none, or with what is wrong with it."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes, wanted at most {MAX_JSON_BYTES}")
-        body = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        size = path.stat().st_size
+        raw = path.read_bytes() if size <= MAX_JSON_BYTES else b""
     except FileNotFoundError as error:
         raise ValueError(missing) from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: {size} bytes, wanted at most {MAX_JSON_BYTES}")
+    try:
+        body = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not valid JSON ({error})") from error
     if not isinstance(body, dict):
         raise ValueError(f"{path}: holds {type(body).__name__}, wanted a JSON object")
@@ -106,7 +109,7 @@ def transformers_config(config: dict[str, Any], source: str = CONFIG) -> Any:
         raise ValueError(f"{source}: transformers does not accept it: {' '.join(str(error).split())[:300]}") from error
 
 
-def expected_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
+def expected_tensors(hf_config: Any, source: str = CONFIG) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor of a checkpoint with this configuration, one tensor per expert, lm_head included.
 
     From an empty model on the meta device, so the rules of transformers hold; its fused expert stacks are taken apart again:
@@ -114,8 +117,11 @@ def expected_tensors(hf_config: Any) -> dict[str, tuple[int, ...]]:
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        state = AutoModelForCausalLM.from_config(hf_config).state_dict()
+    try:
+        with torch.device("meta"):
+            state = AutoModelForCausalLM.from_config(hf_config).state_dict()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: transformers cannot build the model: {' '.join(str(error).split())[:300]}") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in state.items():
         stem, _, leaf = name.rpartition(".experts.")
