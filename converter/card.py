@@ -82,14 +82,15 @@ model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
 """
 
 
-def published_recipe(text: str, source: str = "recipe.toml") -> tuple[str, list[str]]:
+def published_recipe(content: bytes, source: str = "recipe.toml") -> tuple[str, list[str]]:
     """recipe.toml for publication and the keys that were changed: a local path becomes its last part, all else stays as it is.
 
-    Local are values that begin with / ~ . \\ or a drive, or end like a data file. Errors: ValueError for invalid TOML.
+    Local are values that begin with / ~ . \\ or a drive, or end like a data file. Errors: ValueError for what is not TOML in UTF-8.
     """
     try:
+        text = content.decode()
         body = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{source}: not valid TOML ({error})") from error
     changed = [key for key, value in _strings("", body) if _is_local(value)]
     if not changed:

@@ -60,8 +60,8 @@ def push(
     try:
         progress(f"creating {repo_id} if it is missing")
         api.create_repo(repo_id, private=private, exist_ok=True)
-        published = private and not api.model_info(repo_id).private
-        if not published:
+        is_public = private and not api.model_info(repo_id).private
+        if not is_public:
             if branch is not None and branch != "main":
                 api.create_branch(repo_id, branch=branch, exist_ok=True)
             progress(f"uploading {len(additions)} files, {size / 1e9:.2f} GB")
@@ -69,7 +69,7 @@ def push(
     # RuntimeError: how huggingface_hub and its Xet client report a failed transfer. ValueError: refused metadata.
     except (*hub_failures(), RuntimeError, ValueError) as error:
         raise ValueError(_refusal(error, repo_id, api.endpoint)) from error
-    if published:
+    if is_public:
         raise ValueError(f"{repo_id}: the repository exists and is public, wanted a private one")
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{branch}" if branch not in (None, "main") else "")
     progress(f"published {url}")
@@ -134,7 +134,7 @@ def _generated_files(
         generated[CARD_NAME] = model_card(manifest, repo_id=repo_id, license=license).encode()
     recipe = folder / RECIPE_NAME
     if recipe.is_file():
-        text, changed = published_recipe(recipe.read_text(encoding="utf-8"), str(recipe))
+        text, changed = published_recipe(recipe.read_bytes(), str(recipe))
         if changed and RECIPE_NAME in manifest.files:
             raise ValueError(f"{recipe}: {changed[0]} is a local path, and the manifest's digest of the file forbids to replace it")
         if changed:

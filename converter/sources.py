@@ -285,9 +285,7 @@ def _messages(value: Any, where: str) -> tuple[dict[str, str], ...]:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message["content"]]
     if not answers or answers[-1] == 0:
         roles = ", ".join(message["role"] for message in messages[:8])
-        raise ValueError(
-            f"{where}: messages have the roles {roles}, wanted an assistant message with content after another message"
-        )
+        raise ValueError(f"{where}: messages have the roles {roles}, wanted an assistant message with content after another message")
     return tuple(messages[: answers[-1] + 1])
 
 
