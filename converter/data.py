@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
 from rtpurbo.converter.sources import PYTHON_DOCS, STAGE1_DATA, STAGE2_DATA, DataSource, Row
 
 if TYPE_CHECKING:

@@ -34,8 +34,7 @@ def push(
 
     The artifact is verified first: manifest, size and sha256 of every listed file, names and shapes in indexer.safetensors.
     Uploaded in one commit: the files that the manifest lists, the manifest, recipe.toml with local paths replaced by their last
-    part, and a generated model card (unless the manifest lists a README.md of its own). `folder` is not changed. Weights in the
-    repository that the manifest does not list are deleted in the same commit. The repository and `branch` are created when
+    part, and the folder's README.md or else a generated model card. `folder` is not changed. Weights in the repository that the manifest does not list are deleted in the same commit. The repository and `branch` are created when
     missing (`private` then applies); pushing the same artifact again changes nothing.
     token: None means the token that huggingface_hub has stored. endpoint: None means huggingface_hub's own.
     progress: receives one line for each step.
@@ -130,7 +129,11 @@ def _generated_files(
 ) -> dict[str, bytes]:
     """Name -> content of what is uploaded without being a file of the artifact, or in another form."""
     generated: dict[str, bytes] = {}
-    if CARD_NAME not in manifest.files:
+    card = folder / CARD_NAME
+    if card.is_file() and CARD_NAME not in manifest.files:
+        progress(f"{CARD_NAME}: published as it is in {folder}")
+        generated[CARD_NAME] = card.read_bytes()
+    elif CARD_NAME not in manifest.files:
         generated[CARD_NAME] = model_card(manifest, repo_id=repo_id, license=license).encode()
     recipe = folder / RECIPE_NAME
     if recipe.is_file():

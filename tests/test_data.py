@@ -13,10 +13,11 @@ import pyarrow
 import pytest
 from hub_server import HubServer
 from pyarrow import parquet
-from rtpurbo.converter.data import Document, data_digest, load_documents
-from rtpurbo.converter.sources import PYTHON_DOCS, STAGE1_DATA, STAGE2_DATA, DataSource
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from rtpurbo.converter.data import Document, data_digest, load_documents
+from rtpurbo.converter.sources import PYTHON_DOCS, STAGE1_DATA, STAGE2_DATA, DataSource
 
 BOS, EOS = 0, 1
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

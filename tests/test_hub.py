@@ -14,6 +14,9 @@ import pytest
 import torch
 import yaml
 from hub_server import HubServer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
 from rtpurbo.converter.card import model_card, published_recipe
 from rtpurbo.converter.hub import load_verified, push
 from rtpurbo.manifests.manifest import (
@@ -25,8 +28,6 @@ from rtpurbo.manifests.manifest import (
     roles_from_heads,
     verify_files,
 )
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 REPO = "user/tiny"
 TOKEN = "hf_test"
@@ -138,6 +139,12 @@ print(load_verified(Path(huggingface_hub.snapshot_download("user/tiny", revision
         repository = hub.repositories["models", REPO]
         assert repository.private
         assert set(repository.commits[repository.branches["main"]]) == {".gitattributes"}
+
+
+def test_a_model_card_of_the_users_own_is_published_as_it_is(hub: HubServer, artifact: Path, tmp_path: Path):
+    (artifact / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    push(artifact, REPO, token=TOKEN, endpoint=hub.url)
+    assert (pull(hub, tmp_path) / "README.md").read_text() == "---\nlicense: mit\n---\n# Mine\n"
 
 
 def test_a_second_push_of_the_same_artifact_makes_no_new_commit(hub: HubServer, artifact: Path):
