@@ -33,9 +33,10 @@ def push(
     """Upload the artifact in `folder` to the model repository `repo_id` ("user/name"); returns its URL.
 
     The artifact is verified first: manifest, size and sha256 of every listed file, names and shapes in indexer.safetensors.
-    Uploaded in one commit: the files that the manifest lists, the manifest, recipe.toml with local paths replaced by their last
-    part, and the folder's README.md or else a generated model card. `folder` is not changed. Weights in the repository that the manifest does not list are deleted in the same commit. The repository and `branch` are created when
-    missing (`private` then applies); pushing the same artifact again changes nothing.
+    Uploaded in one commit: the files that the manifest lists, the manifest, recipe.toml with local paths replaced by their last part,
+    and the folder's README.md or else a generated model card. `folder` is not changed. Weights in the repository that the manifest
+    does not list are deleted in the same commit. The repository and `branch` are created when missing (`private` then applies);
+    pushing the same artifact again changes nothing.
     token: None means the token that huggingface_hub has stored. endpoint: None means huggingface_hub's own.
     progress: receives one line for each step.
 
