@@ -13,6 +13,10 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import HubServer
+from safetensors.torch import load_file, save_file
+from tiny_checkpoints import FAMILIES, VOCABULARY, edit_json, rewrite_header, tiny_checkpoint
+from transformers import AutoModelForCausalLM, GPT2Config
+
 from rtpurbo.converter.checkpoint import (
     available_memory_bytes,
     config_digest,
@@ -26,9 +30,6 @@ from rtpurbo.converter.checkpoint import (
     stream_layers,
     tokenizer_digest,
 )
-from safetensors.torch import load_file, save_file
-from tiny_checkpoints import FAMILIES, VOCABULARY, edit_json, rewrite_header, tiny_checkpoint
-from transformers import AutoModelForCausalLM, GPT2Config
 
 SHARDED = {"max_shard_size": "20KB"}
 BUILDS: dict[str, dict[str, Any]] = {

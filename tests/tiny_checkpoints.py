@@ -47,7 +47,7 @@ def tiny_checkpoint(folder: Path, family: str, *, max_shard_size: str = "1GB", d
 def edit_json(path: Path, **changes: Any) -> None:
     """Set keys of a JSON object on disk; None removes a key."""
     body = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in body.items() if value is not None}))
+    path.write_text(json.dumps({key: value for key, value in body.items() if key not in changes or value is not None}))
 
 
 def rewrite_header(path: Path, edit: Any) -> None:
