@@ -1,24 +1,20 @@
 """The attention function that transformers calls: local heads on the ring, retrieval heads dense or on selected blocks."""
 
 # B batch  T chunk tokens  S cached tokens  H query heads  K kv heads  D head dim  I index-key sets  R index dim  N blocks
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from rtpurbo.kernels.block_scores import block_scores
-from rtpurbo.kernels.block_selection import select_blocks
+from transformers import AttentionInterface
+
 from rtpurbo.kernels.local_attention import attend_local, ring_positions, write_ring
-from rtpurbo.kernels.sparse_attention import attend_blocks
 from rtpurbo.manifests.architectures import PreRopeTap
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.runtime.cache import Cache, LayerCache, Rows, write_rows
 from rtpurbo.runtime.layout import LayerLayout, Run
-from transformers import AttentionInterface
+from rtpurbo.runtime.selection import DecodePlan, SelectionObserver, attend_retrieval, mask_of
 
 NAME = "rtpurbo"
-# Called with (layer, selected_BHN of the retrieval heads in run-time order, visible_B) at every decode step.
-SelectionObserver = Callable[[int, torch.Tensor, torch.Tensor], None]
 # Elements of the largest boolean mask of the dense path: 64 MiB, whatever the length of the cache.
 MASK_ELEMENTS = 1 << 26
 
@@ -33,8 +29,6 @@ class LayerPlan:
 
     layout: LayerLayout
     retrieval: slice | torch.Tensor
-    kv_head_H: torch.Tensor
-    key_set_H: torch.Tensor
     key_groups_I: torch.Tensor
     index_q_HRD: torch.Tensor | None
     index_k_IRD: torch.Tensor | None
@@ -49,6 +43,7 @@ class AttentionContext:
 
     manifest: Manifest
     plans: tuple[LayerPlan, ...]
+    decode_plans: tuple[DecodePlan | None, ...]
     cache: Cache
     tap: PreRopeTap
     phase: Literal["prefill", "decode"]
@@ -73,8 +68,6 @@ def plan_layer(layout: LayerLayout, weights: dict[str, torch.Tensor], layer: int
     return LayerPlan(
         layout=layout,
         retrieval=slice(0, len(heads)) if contiguous else ids(heads),
-        kv_head_H=ids(tuple(h // layout.group_size for h in heads)),
-        key_set_H=ids(layout.key_sets),
         key_groups_I=ids(layout.key_groups),
         index_q_HRD=reordered("index_q", layout.index_q_rows),
         index_k_IRD=reordered("index_k", layout.index_k_rows),
@@ -121,7 +114,7 @@ def attend(
             assert cache.index_k_BSIR is not None
             write_rows(cache.index_k_BSIR, index_k_BTIR, context.rows)
         if index_q_BTHR is not None:
-            out_BTHD[:, :, plan.retrieval] = _attend_selected(context, layer, cache, q_BTHD[:, :, plan.retrieval], index_q_BTHR, scaling)
+            _attend_selected(context, layer, q_BTHD, index_q_BTHR, out_BTHD, scaling)
         for run in (Run(start=0, stop=retained, num_retrieval=layout.group_size),) if context.cache.dense else layout.runs:
             _attend_run(context, cache, run, out_BTHD, q_BTHD, k_BTKD, v_BTKD, scaling, dense=index_q_BTHR is None)
     return out_BTHD, None
@@ -171,42 +164,25 @@ def _attend_ring(
 
 
 def _attend_selected(
-    context: AttentionContext,
-    layer: int,
-    cache: LayerCache,
-    q_BTHD: torch.Tensor,
-    index_q_BTHR: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """Retrieval heads in decode: score the index keys, select blocks, attend to them."""
-    manifest, plan = context.manifest, context.plans[layer]
-    assert cache.index_k_BSIR is not None
-    assert cache.k_BSKD is not None
-    assert cache.v_BSKD is not None
-    visible_BT = (context.cache.lengths_B + context.counts_B)[:, None]
-    newest, block = context.newest, manifest.decode_block
-    max_BHTN, sum_BHTN = block_scores(
-        index_q_BTHR,
-        cache.index_k_BSIR[:, :newest],
-        key_set_H=plan.key_set_H,
-        visible_BT=visible_BT,
-        scale=manifest.indexer.scale,
-        block_size=block,
-    )
-    selected_BHTN = select_blocks(max_BHTN, sum_BHTN, top_p=manifest.top_p, sinks=manifest.sinks, block_size=block)
-    if context.on_selection is not None:
-        context.on_selection(layer, selected_BHTN[:, :, 0], visible_BT[:, 0])
-    out_BTHD, _ = attend_blocks(
+    context: AttentionContext, layer: int, q_BTHD: torch.Tensor, index_q_BTHR: torch.Tensor, out_BTHD: torch.Tensor, scale: float
+) -> None:
+    """Retrieval heads in decode, over the blocks that they select."""
+    decode = context.decode_plans[layer]
+    assert decode is not None
+    visible_B = context.cache.lengths_B + context.counts_B
+    ids_BHN, count_BH = attend_retrieval(
+        decode,
+        context.manifest,
+        context.cache.layers[layer],
         q_BTHD,
-        cache.k_BSKD[:, :newest],
-        cache.v_BSKD[:, :newest],
-        kv_head_H=plan.kv_head_H,
-        visible_BT=visible_BT,
-        selected_BHTN=selected_BHTN,
+        index_q_BTHR,
+        out_BTHD,
+        visible_B,
+        newest=context.newest,
         scale=scale,
-        block_size=block,
     )
-    return out_BTHD
+    if context.on_selection is not None:
+        context.on_selection(layer, mask_of(ids_BHN, count_BH), visible_B)
 
 
 def _attend_run(

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.runtime.layout import LayerLayout
 

@@ -6,21 +6,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+
 from rtpurbo.manifests.architectures import ARCHITECTURES, PreRopeTap
 from rtpurbo.manifests.manifest import Manifest
-from rtpurbo.runtime.attention import AttentionContext, LayerPlan, SelectionObserver
+from rtpurbo.runtime.attention import AttentionContext, LayerPlan
 from rtpurbo.runtime.cache import Cache
 from rtpurbo.runtime.generation import Generation, Request, encode_prompts, run_batch
 from rtpurbo.runtime.sampling import SamplingOptions
+from rtpurbo.runtime.selection import DecodePlan, SelectionObserver, plan_decode
 
 PREFILL_CHUNK = 1024
 
 
 @dataclass(kw_only=True)
 class State:
-    """A batch in progress. `on_selection`, if set, sees every selection of decode steps (runtime.attention.SelectionObserver)."""
+    """A batch in progress. `on_selection`, if set, sees every selection of decode steps (runtime.selection.SelectionObserver)."""
 
     cache: Cache
+    decode_plans: tuple[DecodePlan | None, ...]
     on_selection: SelectionObserver | None = None
 
 
@@ -52,7 +55,15 @@ class Runtime:
             raise ValueError(f"{capacity} tokens exceed the model's max_position_embeddings {limit}")
         layouts = tuple(plan.layout for plan in self._plans)
         dtype = self.model.dtype
-        return State(cache=Cache(self.manifest, layouts, batch=batch, capacity=capacity, dtype=dtype, device=self.device, dense=dense))
+        cache = Cache(self.manifest, layouts, batch=batch, capacity=capacity, dtype=dtype, device=self.device, dense=dense)
+        try:
+            plans = tuple(
+                None if dense else plan_decode(self.manifest, layout, batch=batch, capacity=capacity, device=self.device)
+                for layout in layouts
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(f"no memory on {self.device} for decoding {batch} sequences of {capacity} tokens") from error
+        return State(cache=cache, decode_plans=plans)
 
     @torch.no_grad()
     def prefill(
@@ -175,6 +186,7 @@ class Runtime:
         context = AttentionContext(
             manifest=self.manifest,
             plans=self._plans,
+            decode_plans=state.decode_plans,
             cache=cache,
             tap=self._tap,
             phase=phase,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
 from rtpurbo.runtime.sampling import Sampler, SamplingOptions
 from rtpurbo.runtime.text import TextStream
 

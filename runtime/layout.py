@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+
 from rtpurbo.manifests.manifest import LayerRoles, Manifest
 
 Roles = Literal["manifest", "all-local", "all-retrieval"]

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from rtpurbo.manifests.architectures import architecture_of, head_dim_of, key_value_heads_of
 from rtpurbo.manifests.manifest import INDEXER_NAME, MANIFEST_NAME, Manifest, verify_files
 from rtpurbo.runtime.attention import NAME, plan_layer
 from rtpurbo.runtime.cache import require_memory
 from rtpurbo.runtime.engine import Runtime
 from rtpurbo.runtime.layout import Roles, layout_of, permute_heads, with_roles
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_DTYPES = (torch.float32, torch.bfloat16)

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from rtpurbo.manifests.manifest import MANIFEST_NAME, SCHEMA_VERSION
-from rtpurbo.runtime.attention import SelectionObserver
 from rtpurbo.runtime.engine import Runtime, State
 from rtpurbo.runtime.loader import device_of, load, load_model
+from rtpurbo.runtime.selection import SelectionObserver
 
 # Largest relative error of a token's logits between two exact computations of the same mask. A wrong head, mask or position
 # gives errors near 1; in 16 bits, rounding and a router's near-ties leave some room below that.

@@ -13,6 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import linear
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
 from rtpurbo.manifests.manifest import (
     INDEXER_NAME,
     MANIFEST_NAME,
@@ -23,10 +28,6 @@ from rtpurbo.manifests.manifest import (
     file_digest,
     roles_from_heads,
 )
-from safetensors.torch import load_file, save_file
-from torch.nn.functional import linear
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 VOCABULARY = 101

@@ -2,33 +2,18 @@
 
 import dataclasses
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import eager_model as eager
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.runtime.layout import layout_of
 from rtpurbo.runtime.loader import load
-from transformers import AutoModelForCausalLM
 
 TOLERANCE = 1e-4
-
-
-def sibling(name: str) -> ModuleType:
-    import importlib.util
-    import sys
-
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-eager = sibling("eager_model")
 
 
 def random_ids(count: int, seed: int = 1) -> list[int]:

@@ -1,34 +1,21 @@
 """Generation: batches, streaming, stop strings, sampling, dense_below, and the errors a user can make."""
 
 import dataclasses
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import eager_model as eager
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.runtime.engine import Runtime
 from rtpurbo.runtime.loader import load
 from rtpurbo.runtime.sampling import Sampler, SamplingOptions, draw, probabilities
 from rtpurbo.runtime.text import TextStream
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-
-def sibling(name: str) -> ModuleType:
-    if name not in sys.modules:
-        spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-eager = sibling("eager_model")
 EOS = "<eos>"
 
 
