@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo.converter.catalog import ResolvedModel, resolve_model
-from rtpurbo.converter.demo_model import DEMO_ID, build_demo
-from rtpurbo.converter.download import download_checkpoint
+from rtpurbo.converter.demo_model import DEMO_ID, build_demo, demo_config
+from rtpurbo.converter.download import download_checkpoint, download_config
 from rtpurbo.converter.materialize import available_memory_bytes, load_embedding, load_model, load_rotary, stream_layers
 from rtpurbo.converter.safetensors_format import TensorInfo, read_tensor
 from rtpurbo.converter.shards import LOCAL_KEYS, Checkpoint, read_checkpoint, transformers_config
@@ -24,6 +24,7 @@ __all__ = [
     "load_embedding",
     "load_model",
     "load_rotary",
+    "model_config",
     "open_checkpoint",
     "read_tensor",
     "resolve_model",
@@ -49,6 +50,19 @@ def open_checkpoint(model: str, *, work: Path, revision: str | None = None) -> C
         return read_checkpoint(folder, DEMO_ID, build_demo(folder))
     folder = Path(resolved.target)
     return read_checkpoint(folder, folder.resolve().name or "model", None)
+
+
+def model_config(model: str, *, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a model without its weights: what `rtpurbo plan` needs. ValueError as open_checkpoint.
+
+    Of a Hub id only that file is fetched; the demo's comes from the metadata of its GGUF.
+    """
+    resolved = resolve_model(model)
+    if resolved.kind == "hub":
+        return download_config(resolved.target, revision)
+    if revision is not None:
+        raise ValueError(f"revision is {revision!r}, but {model!r} is a {resolved.kind}: only Hub ids have revisions")
+    return demo_config() if resolved.kind == "demo" else read_config(Path(resolved.target))
 
 
 def config_with_rope_scaling(config: dict[str, Any], spec: str) -> dict[str, Any]:

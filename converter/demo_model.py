@@ -7,6 +7,7 @@ import os
 import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 from rtpurbo.converter.quiet import quiet_transformers
 from rtpurbo.converter.shards import LOCAL_KEYS, read_json
@@ -43,6 +44,16 @@ def build_demo(folder: Path) -> str:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return revision
+
+
+def demo_config() -> dict[str, Any]:
+    """config.json of the demo model, from the GGUF's metadata alone; ValueError when the wheel or package gguf is missing."""
+    from transformers import AutoConfig
+
+    gguf = _find_gguf()
+    with quiet_transformers(), redirect_stderr(io.StringIO()):
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name).to_dict()
+    return {key: value for key, value in config.items() if key not in (*LOCAL_KEYS, "quantization_config")}
 
 
 def _find_gguf() -> Path:

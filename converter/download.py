@@ -2,6 +2,7 @@
 
 import errno
 from pathlib import Path
+from typing import Any
 
 from rtpurbo.converter.catalog import nearest_names
 from rtpurbo.converter.shards import CONFIG, read_config
@@ -22,6 +23,11 @@ def download_checkpoint(repo: str, revision: str | None) -> tuple[Path, str]:
     architecture_of(read_config(folder), f"{repo}/{CONFIG}")
     commit = folder.name
     return _snapshot(repo, commit, _WANTED, _UNWANTED), commit
+
+
+def download_config(repo: str, revision: str | None) -> dict[str, Any]:
+    """config.json of a model repository, supported or not; ValueError as download_checkpoint."""
+    return read_config(_snapshot(repo, revision, [CONFIG], []))
 
 
 def _snapshot(repo: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:

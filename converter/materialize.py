@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+
 from rtpurbo.converter.quiet import quiet_transformers
 from rtpurbo.converter.safetensors_format import read_tensor
 from rtpurbo.converter.shards import EMBEDDING, Checkpoint, transformers_config
-from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from rtpurbo.converter.layout import plan_shards, shard_index
 from rtpurbo.converter.safetensors_format import TensorInfo, header_bytes, read_bytes, tensor_bytes, write_file
 from rtpurbo.converter.shards import CONFIG, LOCAL_KEYS, Checkpoint, read_json
 from rtpurbo.manifests.manifest import INDEXER_NAME, MANIFEST_NAME, SCHEMA_VERSION, FileDigest, Manifest
-from torch import Tensor
 
 RECIPE_NAME = "recipe.toml"
 METRICS_NAME = "metrics.json"

@@ -88,7 +88,7 @@ def read_bytes(info: TensorInfo) -> Iterator[bytes]:
         while left:
             chunk = file.read(min(left, COPY_BYTES))
             if not chunk:
-                raise ValueError(f"{info.file}: {left} bytes are missing at its end: the file changed while it was read")
+                raise _shrunk(info, left)
             left -= len(chunk)
             yield chunk
 
@@ -96,10 +96,14 @@ def read_bytes(info: TensorInfo) -> Iterator[bytes]:
 def read_tensor(info: TensorInfo) -> Tensor:
     """The tensor on the CPU in its stored dtype, with memory of its own."""
     flat = torch.empty(info.nbytes, dtype=torch.uint8)
-    offset = 0
-    for chunk in read_bytes(info):
-        flat[offset : offset + len(chunk)] = torch.frombuffer(bytearray(chunk), dtype=torch.uint8)
-        offset += len(chunk)
+    with info.file.open("rb", buffering=0) as file:
+        file.seek(info.offset)
+        left = flat.numpy().data
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise _shrunk(info, len(left))
+            left = left[count:]
     return flat.view(info.dtype).reshape(info.shape)
 
 
@@ -143,6 +147,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"duplicate key {key!r}")
         found[key] = value
     return found
+
+
+def _shrunk(info: TensorInfo, missing: int) -> ValueError:
+    return ValueError(f"{info.file}: {missing} bytes are missing at its end: the file changed while it was read")
 
 
 def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from rtpurbo.converter.safetensors_format import TensorInfo, read_bytes, read_header, unique_keys
 from rtpurbo.manifests.architectures import Architecture, architecture_of
 
