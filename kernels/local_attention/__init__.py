@@ -1,11 +1,15 @@
 """attend_local: exact causal attention inside a sliding window plus attention sinks."""
 
 # B batch  T chunk tokens  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
+import importlib.util
+
 import torch
 from rtpurbo.kernels.local_attention import reference
 from rtpurbo.kernels.local_attention.reference import ring_positions
 
-__all__ = ["attend_local", "ring_positions", "write_ring"]
+__all__ = ["attend_local", "choose_impl", "ring_positions", "write_ring"]
+
+IMPLEMENTATIONS = ("reference", "triton", "gluon")
 
 
 def attend_local(
@@ -25,16 +29,18 @@ def attend_local(
     """Attention of a chunk over `j <= i and (i - j < window or j < sinks)`; the window counts the query itself.
 
     Args:
-        q_BTHD, k_BTKD, v_BTKD: the chunk, post-RoPE. Row t of sequence b is position lengths_B[b] + t. H = group * K.
+        q_BTHD, k_BTKD, v_BTKD: the chunk, post-RoPE; views of any strides. Row t of sequence b is position lengths_B[b] + t.
+            H = group * K.
         window, sinks: visible keys; window >= 1, sinks >= 0.
         scale: logit scale, usually head_dim ** -0.5 (dimensionless).
         lengths_B: int32, tokens written to the ring before this chunk (default 0).
         counts_B: int32, valid rows of the chunk, the first ones (default T). Other rows return 0 and an LSE of -inf.
         ring_k_BWKD, ring_v_BWKD: cache with W = sinks + window slots (see `ring_positions`); read, not written.
-        impl: "auto" or "reference".
+        impl: "auto" or one of IMPLEMENTATIONS; `choose_impl` says what "auto" picks and when a kernel can run.
 
     Returns out [B, T, H, D] in q's dtype and lse fp32 [B, H, T] (natural log).
-    Raises ValueError for shapes that do not fit. Source: arXiv 2605.16928 section 3 (window and sinks); counting: ours.
+    Raises ValueError for shapes that do not fit and for an impl that cannot run.
+    Source: arXiv 2605.16928 section 3 (window and sinks); counting: ours.
     """
     B, T, H, D = q_BTHD.shape
     K = k_BTKD.shape[2]
@@ -47,15 +53,87 @@ def attend_local(
     for ring in (ring_k_BWKD, ring_v_BWKD):
         if ring is not None and ring.shape != (B, sinks + window, K, D):
             raise ValueError(f"attend_local: ring {tuple(ring.shape)}, wanted {(B, sinks + window, K, D)}")
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"attend_local: impl {impl!r} is not one of auto, reference")
+    chosen = choose_impl(q_BTHD, k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD, scale=scale, impl=impl)
     if lengths_B is None:
         if ring_k_BWKD is not None:
             raise ValueError("attend_local: a ring needs lengths_B")
         lengths_B = torch.zeros(B, dtype=torch.int32, device=q_BTHD.device)
     if counts_B is None:
         counts_B = torch.full((B,), T, dtype=torch.int32, device=q_BTHD.device)
-    return reference.attend_local(q_BTHD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, window, sinks, scale)
+    if chosen == "reference":
+        attend = reference.attend_local
+    else:
+        lengths_B, counts_B = (x.to(torch.int32).contiguous() for x in (lengths_B, counts_B))
+        if chosen == "triton":
+            from rtpurbo.kernels.local_attention.kernel import attend_local as attend
+        else:
+            from rtpurbo.kernels.local_attention.hopper_kernel import attend_local as attend
+    return attend(q_BTHD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, window, sinks, scale)
+
+
+def choose_impl(
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    ring_k_BWKD: torch.Tensor | None = None,
+    ring_v_BWKD: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    impl: str = "auto",
+) -> str:
+    """The implementation that `attend_local` runs for these tensors.
+
+    "auto" picks "gluon" on Hopper (compute capability 9.0), "triton" on other NVIDIA GPUs, and "reference" on the CPU, for head dims
+    other than 64 and 128, for inputs that need gradients, and for a scale <= 0. A named one is returned as it is, or raises
+    ValueError with what is in its way.
+    """
+    if impl == "reference":
+        return impl
+    tensors = [x for x in (q_BTHD, k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD) if x is not None]
+    if impl == "auto":
+        fits = (name for name in ("gluon", "triton") if q_BTHD.is_cuda and _obstacle(name, tensors, scale) is None)
+        return next(fits, "reference")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"attend_local: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+    obstacle = _obstacle(impl, tensors, scale)
+    if obstacle is not None:
+        raise ValueError(f"attend_local: impl {impl!r} cannot run: {obstacle}")
+    return impl
+
+
+def _obstacle(impl: str, tensors: list[torch.Tensor], scale: float) -> str | None:
+    """Why the kernel cannot run on these tensors, or None."""
+    q = tensors[0]
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    interpreted = triton.knobs.runtime.interpret and impl == "triton"
+    dtypes = (torch.float32,) if interpreted else (torch.float16, torch.bfloat16)
+    if q.dtype not in dtypes or any(x.dtype != q.dtype for x in tensors):
+        wanted = " or ".join(str(x) for x in dtypes)
+        return f"q, k and v are {', '.join(str(x.dtype) for x in tensors)}, wanted all {wanted}"
+    if not interpreted and not all(x.is_cuda and x.device == q.device for x in tensors):
+        return f"it needs all tensors on one NVIDIA GPU, found {', '.join(str(x.device) for x in tensors)}"
+    if q.shape[3] not in (64, 128) and not interpreted:
+        return f"head dim {q.shape[3]} is neither 64 nor 128"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "it has no backward pass and an input needs a gradient"
+    if not scale > 0:
+        return f"scale {scale} is not positive"
+    return _hopper_obstacle(tensors) if impl == "gluon" else None
+
+
+def _hopper_obstacle(tensors: list[torch.Tensor]) -> str | None:
+    capability = torch.cuda.get_device_capability(tensors[0].device)
+    if capability != (9, 0):
+        return f"it needs compute capability 9.0, found {capability[0]}.{capability[1]}"
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "this triton has no Gluon"
+    for x in tensors:
+        if x.stride(3) != 1 or any(stride % 8 for stride in x.stride()[:3]) or x.data_ptr() % 16:
+            return f"the copy engine needs addresses and strides in multiples of 16 bytes, found strides {x.stride()}"
+    return None
 
 
 def write_ring(

@@ -1,0 +1,304 @@
+"""Hopper (sm_90) kernel of attend_local in Gluon: one warp loads by TMA, two warpgroups take turns at wgmma and softmax."""
+
+# B batch  T chunk tokens  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
+# A persistent program works on M = 128 query rows of one head at a time, 64 a warpgroup, against key tiles of N = 128 positions.
+# Within a warpgroup the product q k^T of the next tile is issued before the softmax of the one that p v still multiplies.
+import torch
+import triton
+from rtpurbo.kernels.local_attention.kernel import (
+    CHUNK,
+    LN_2,
+    LOG2_E,
+    RING_WINDOW,
+    full_tile,
+    masked_tile,
+    plan_tiles,
+    unit_of_work,
+    visible,
+)
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+BLOCK_QUERIES = 128
+BLOCK_KEYS = 128
+
+
+@gluon.jit
+def _load_tile(source, row, b, kh, chunk_desc, ring_desc, sinks_desc, barrier, smem, HAS_RING: gl.constexpr):
+    """Start the copy of N rows of one KV head; rows outside the tensor arrive as zeros and count as bytes."""
+    mbarrier.expect(barrier, chunk_desc.block_type.nbytes)
+    if HAS_RING:
+        if source == CHUNK:
+            tma.async_copy_global_to_shared(chunk_desc, [b, kh, row, 0], barrier, smem)
+        elif source == RING_WINDOW:
+            tma.async_copy_global_to_shared(ring_desc, [b, kh, row, 0], barrier, smem)
+        else:
+            tma.async_copy_global_to_shared(sinks_desc, [b, kh, row, 0], barrier, smem)
+    else:
+        tma.async_copy_global_to_shared(chunk_desc, [b, kh, row, 0], barrier, smem)
+
+
+@gluon.jit
+def _load_keys_and_values(n, source, row, b, kh, descs, buffers, STAGES: gl.constexpr, HAS_RING: gl.constexpr):
+    k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc = descs
+    k_smem, v_smem, k_full, k_empty, v_full, v_empty = buffers
+    stage = n % STAGES
+    phase = (n // STAGES) & 1
+    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+    _load_tile(source, row, b, kh, k_desc, ring_k_desc, sinks_k_desc, k_full.index(stage), k_smem.index(stage), HAS_RING)
+    mbarrier.wait(v_empty.index(stage), phase ^ 1)
+    _load_tile(source, row, b, kh, v_desc, ring_v_desc, sinks_v_desc, v_full.index(stage), v_smem.index(stage), HAS_RING)
+
+
+@gluon.jit
+def _load_partition(
+    q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr,
+    q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+    B, H, tiles, window, sinks,
+    GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
+):  # fmt: skip
+    """The loading warp: q once a unit of work, then keys and values in the order of the plan."""
+    descs = (k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc)
+    buffers = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+    n = 0
+    units = 0
+    for index in range(gl.program_id(0), tiles * B * H, gl.num_programs(0)):
+        b, h, t0 = unit_of_work(index, tiles, B, H, M)
+        length = gl.load(lengths_ptr + b)
+        count = gl.load(counts_ptr + b)
+        if t0 < count:
+            mbarrier.wait(q_empty, (units & 1) ^ 1)
+            mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_desc, [b, h, t0, 0], q_full, q_smem.index(0))
+            tma.async_copy_global_to_shared(q_desc, [b, h, t0 + M // 2, 0], q_full, q_smem.index(1))
+            units += 1
+            masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING)
+            for x in range(masked):
+                source, row, j0, low = masked_tile(x, details, window, sinks, N, HAS_RING)
+                _load_keys_and_values(n, source, row, b, h // GROUP, descs, buffers, STAGES, HAS_RING)
+                n += 1
+            for x in range(full):
+                source, row = full_tile(x, details, window, N, HAS_RING)
+                _load_keys_and_values(n, source, row, b, h // GROUP, descs, buffers, STAGES, HAS_RING)
+                n += 1
+
+
+@gluon.jit
+def _softmax(s, m, total, scale_log2):
+    """Online softmax in base 2: weights, new maximum, new sum, and the factor for what was summed before."""
+    m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
+    alpha = gl.exp2(m - m_new)
+    p = gl.exp2(s * scale_log2 - m_new[:, None])
+    return p, m_new, total * alpha + gl.sum(p, 1), alpha
+
+
+@gluon.jit
+def _step(
+    n, turn, i, j0, low, window, sinks, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
+    MASKED: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
+    O_LAYOUT: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """q k^T of tile n and p v of tile n - 1 in flight together, then the softmax of tile n."""
+    k_smem, v_smem, k_full, k_empty, v_full, v_empty = buffers
+    stage = n % STAGES
+    last = (n - 1) % STAGES
+    mbarrier.wait(k_full.index(stage), (n // STAGES) & 1)
+    if PING_PONG:
+        mbarrier.wait(my_turn, turn & 1)
+    nothing = gl.zeros([64, N], gl.float32, S_LAYOUT)
+    k = k_smem.index(stage).reshape([N, D])
+    s = warpgroup_mma(q, k.permute([1, 0]), nothing, use_acc=False, is_async=True)
+    p = gl.convert_layout(p.to(k_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+    acc = warpgroup_mma(p, v_smem.index(last).reshape([N, D]), acc, is_async=True)
+    if PING_PONG:
+        mbarrier.arrive(other_turn, count=1)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if MASKED:
+        j = j0 + gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
+        s = gl.where(visible(i[:, None], j[None, :], low, window, sinks), s, float("-inf"))
+    p_new, m, total, alpha = _softmax(s, m, total, scale_log2)
+    # These values of tile n are wanted only in the next step, but this wait and p_new's way through the next one keep the compiler
+    # from moving the softmax behind the end of p v, where it would overlap nothing.
+    mbarrier.wait(v_full.index(stage), (n // STAGES) & 1)
+    acc, p, p_new = warpgroup_mma_wait(0, deps=[acc, p, p_new])
+    mbarrier.arrive(v_empty.index(last), count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    return p_new, m, total, acc
+
+
+@gluon.jit
+def _attend_partition(
+    out_ptr, lse_ptr, stride_ob, stride_ot, stride_oh, lengths_ptr, counts_ptr,
+    q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
+    B, H, T, tiles, window, sinks, scale_log2,
+    HALF: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """One of the two warpgroups that compute: query rows HALF * 64 ... of every unit of work."""
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    buffers = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
+    q = q_smem.index(HALF).reshape([M // 2, D])
+    n = 0
+    units = 0
+    # The first half starts: its first turn counts as already given.
+    turn = 1 - HALF
+    for index in range(gl.program_id(0), tiles * B * H, gl.num_programs(0)):
+        b, h, t0 = unit_of_work(index, tiles, B, H, M)
+        length = gl.load(lengths_ptr + b)
+        count = gl.load(counts_ptr + b)
+        acc = gl.zeros([M // 2, D], gl.float32, O_LAYOUT)
+        m = gl.full([M // 2], float("-inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        total = gl.full([M // 2], 0.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
+        t = t0 + HALF * (M // 2) + gl.arange(0, M // 2, gl.SliceLayout(1, S_LAYOUT))
+        i = length + t
+        if t0 < count:
+            masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING)
+            source, row, j0, low = masked_tile(0, details, window, sinks, N, HAS_RING)
+            mbarrier.wait(q_full, units & 1)
+            units += 1
+            mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
+            k = k_smem.index(n % STAGES).reshape([N, D])
+            nothing = gl.zeros([M // 2, N], gl.float32, S_LAYOUT)
+            s = warpgroup_mma(q, k.permute([1, 0]), nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(n % STAGES), count=1)
+            j = j0 + gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
+            # Tile 0 holds the diagonal of every row (N >= M), so from here on the maxima of valid rows are finite.
+            s = gl.where(visible(i[:, None], j[None, :], low, window, sinks), s, float("-inf"))
+            p, m, total, alpha = _softmax(s, m, total, scale_log2)
+            mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
+            n += 1
+            for x in range(1, masked):
+                source, row, j0, low = masked_tile(x, details, window, sinks, N, HAS_RING)
+                p, m, total, acc = _step(
+                    n, turn, i, j0, low, window, sinks, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
+                    True, D, N, STAGES, S_LAYOUT, O_LAYOUT, PING_PONG,
+                )  # fmt: skip
+                n += 1
+                turn += 1
+            for _ in range(full):
+                p, m, total, acc = _step(
+                    n, turn, i, 0, 0, window, sinks, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
+                    False, D, N, STAGES, S_LAYOUT, O_LAYOUT, PING_PONG,
+                )  # fmt: skip
+                n += 1
+                turn += 1
+            mbarrier.arrive(q_empty, count=1)
+            last = n - 1
+            p16 = gl.convert_layout(p.to(k_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+            acc = warpgroup_mma(p16, v_smem.index(last % STAGES).reshape([N, D]), acc, is_async=True)
+            acc, p16 = warpgroup_mma_wait(0, deps=[acc, p16])
+            mbarrier.arrive(v_empty.index(last % STAGES), count=1)
+        valid = t < count
+        total_safe = gl.where(valid, total, 1.0)
+        lse = gl.where(valid, (m + gl.log2(total_safe)) * LN_2, float("-inf"))
+        gl.store(lse_ptr + (b.to(gl.int64) * H + h) * T + t, lse, mask=t < T)
+        row_layout: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+        t_out = gl.convert_layout(t, row_layout)
+        inverse = gl.convert_layout(1.0 / total_safe, row_layout)
+        out = gl.where((t_out < count)[:, None], acc * inverse[:, None], 0.0)
+        d = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
+        out_base = out_ptr + b.to(gl.int64) * stride_ob + h * stride_oh + t0.to(gl.int64) * stride_ot
+        gl.store(out_base + (t_out - t0)[:, None] * stride_ot + d[None, :], out.to(k_smem.dtype), mask=(t_out < T)[:, None])
+
+
+@gluon.jit
+def _local_attention_hopper(
+    q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, out_ptr, lse_ptr,
+    lengths_ptr, counts_ptr, stride_ob, stride_ot, stride_oh, B, H, T, tiles, window, sinks, scale_log2,
+    GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """Persistent: each program walks the units of work with the stride of the grid."""
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, M // 2, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    turn_a = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    turn_b = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    mbarrier.init(turn_a, count=1)
+    mbarrier.init(turn_b, count=1)
+    for s in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(s), count=1)
+        mbarrier.init(k_empty.index(s), count=2)
+        mbarrier.init(v_full.index(s), count=1)
+        mbarrier.init(v_empty.index(s), count=2)
+    # The arguments stay literal tuples: a tuple held in a variable loses its constexprs.
+    gl.warp_specialize(
+        [
+            (_attend_partition, (
+                out_ptr, lse_ptr, stride_ob, stride_ot, stride_oh, lengths_ptr, counts_ptr,
+                q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn_a, turn_b,
+                B, H, T, tiles, window, sinks, scale_log2, gl.constexpr(0), M, N, D, STAGES, HAS_RING, PING_PONG,
+            )),
+            (_attend_partition, (
+                out_ptr, lse_ptr, stride_ob, stride_ot, stride_oh, lengths_ptr, counts_ptr,
+                q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn_b, turn_a,
+                B, H, T, tiles, window, sinks, scale_log2, gl.constexpr(1), M, N, D, STAGES, HAS_RING, PING_PONG,
+            )),
+            (_load_partition, (
+                q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr,
+                q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
+                B, H, tiles, window, sinks, GROUP, M, N, STAGES, HAS_RING,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def _descriptor(x_BSKD: torch.Tensor, rows: int) -> TensorDescriptor:
+    """TMA descriptor over [B, K, S, D] with tiles of `rows` rows of one head."""
+    x_BKSD = x_BSKD.transpose(1, 2)
+    block = [1, 1, rows, x_BKSD.shape[3]]
+    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x_BSKD.dtype]
+    return TensorDescriptor.from_tensor(x_BKSD, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+
+
+def attend_local(
+    q_BTHD: torch.Tensor,
+    k_BTKD: torch.Tensor,
+    v_BTKD: torch.Tensor,
+    lengths_B: torch.Tensor,
+    counts_B: torch.Tensor,
+    ring_k_BWKD: torch.Tensor | None,
+    ring_v_BWKD: torch.Tensor | None,
+    window: int,
+    sinks: int,
+    scale: float,
+    *,
+    stages: int = 2,
+    ping_pong: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.local_attention.attend_local`; fp16 or bf16, head dim 64 or 128, addresses and strides multiples of 16 bytes."""
+    B, T, H, D = q_BTHD.shape
+    out_BTHD = torch.empty((B, T, H, D), dtype=q_BTHD.dtype, device=q_BTHD.device)
+    lse_BHT = torch.empty((B, H, T), dtype=torch.float32, device=q_BTHD.device)
+    if out_BTHD.numel() == 0:
+        return out_BTHD, lse_BHT
+    tiles = triton.cdiv(T, BLOCK_QUERIES)
+    k_desc, v_desc = _descriptor(k_BTKD, BLOCK_KEYS), _descriptor(v_BTKD, BLOCK_KEYS)
+    ring_descs = [k_desc, v_desc, k_desc, v_desc]
+    if ring_k_BWKD is not None and ring_v_BWKD is not None:
+        ring_descs = [_descriptor(x[:, sinks:], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
+        ring_descs += [_descriptor(x[:, : max(sinks, 1)], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
+    programs = torch.cuda.get_device_properties(q_BTHD.device).multi_processor_count
+    _local_attention_hopper[(min(programs, tiles * B * H),)](
+        _descriptor(q_BTHD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, out_BTHD, lse_BHT, lengths_B, counts_B,
+        *out_BTHD.stride()[:3], B, H, T, tiles, window, sinks, scale * LOG2_E.value,
+        GROUP=H // k_BTKD.shape[2], M=BLOCK_QUERIES, N=BLOCK_KEYS, D=D, STAGES=stages, HAS_RING=ring_k_BWKD is not None,
+        PING_PONG=ping_pong, num_warps=4,
+    )  # fmt: skip
+    return out_BTHD, lse_BHT
