@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
 from rtpurbo.converter.attention import SparseSpec, dense_attention, index_projections
 from rtpurbo.converter.data import Document, data_digest
 from rtpurbo.converter.indexer import Indexer

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import select_blocks
 from rtpurbo.manifests.architectures import PreRopeTap
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 IMPLEMENTATION = "rtpurbo_convert"
 # Rows of one masked SDPA call: its boolean mask is at most this many rows by (sinks + window + rows) keys.

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from rtpurbo.converter.attention import IMPLEMENTATION, dense_attention
 from rtpurbo.converter.checkpoint import Checkpoint, load_embedding, load_rotary, stream_layers
 from rtpurbo.converter.needle import NeedleDocument
 from rtpurbo.converter.recipe import Recipe
 from rtpurbo.manifests.architectures import PreRopeTap
-from safetensors.torch import load_file, save_file
 
 
 @dataclass(frozen=True, kw_only=True)

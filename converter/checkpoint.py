@@ -11,7 +11,7 @@ from rtpurbo.converter.demo_model import DEMO_ID, build_demo, demo_config
 from rtpurbo.converter.download import download_checkpoint, download_config
 from rtpurbo.converter.materialize import available_memory_bytes, load_embedding, load_model, load_rotary, stream_layers
 from rtpurbo.converter.safetensors_format import TensorInfo, read_tensor
-from rtpurbo.converter.shards import LOCAL_KEYS, Checkpoint, read_checkpoint, transformers_config
+from rtpurbo.converter.shards import LOCAL_KEYS, Checkpoint, read_checkpoint, read_config, transformers_config
 from rtpurbo.manifests.architectures import rope_type_of
 
 __all__ = [

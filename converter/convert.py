@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from rtpurbo.converter import catalog, checkpoint
 from rtpurbo.converter.align import align
 from rtpurbo.converter.attention import IMPLEMENTATION, SparseSpec
@@ -23,8 +26,6 @@ from rtpurbo.converter.recipe import RECIPE_NAME, Recipe
 from rtpurbo.converter.work import WorkFolder, binding_digest
 from rtpurbo.manifests import architectures
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, file_digest, roles_from_heads
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 _INDEXER = "indexer.safetensors"
 _STUDENT = "student.safetensors"
@@ -132,14 +133,14 @@ def begin(
     report: Reporter | None = None,
 ) -> Conversion:
     """Open model and work folder. Nothing is left behind when this fails on a folder that it created."""
-    report = report or Reporter()
+    report = Reporter() if report is None else report
     resolved = catalog.resolve_model(model)
     if resolved.substituted:
         report.note(resolved.substituted)
-    recipe = recipe or Recipe.preset_named("demo" if resolved.kind == "demo" else "paper")
+    recipe = Recipe.preset_named("demo" if resolved.kind == "demo" else "paper") if recipe is None else recipe
     device = _device(recipe.device)
     existed = folder.exists()
-    work = WorkFolder.open(folder, recipe, model, resume=resume)
+    work = WorkFolder.open(folder, recipe, model, revision, resume=resume)
     try:
         source = open_checkpoint(model, work=folder, revision=revision)
         if recipe.rope_scaling:
@@ -160,6 +161,14 @@ def begin(
             work.remove()
         raise
     return Conversion(source=source, tokenizer=tokenizer, recipe=recipe, work=work, device=device, report=report, inputs=inputs)
+
+
+def reopen(folder: Path, *, report: Reporter | None = None) -> Conversion:
+    """Open the work folder of a conversion that was begun, with the model and recipe that it records."""
+    work = WorkFolder.existing(folder)
+    recipe = Recipe.from_toml(work.path(RECIPE_NAME))
+    record = work.read("conversion.json")
+    return begin(record["model"], folder, recipe=recipe, resume=True, revision=record["revision"], report=report)
 
 
 def run_calibration(c: Conversion) -> Manifest:
@@ -302,7 +311,7 @@ def run_package(c: Conversion, out: Path) -> Manifest:
     student = c.work.path(_STUDENT)
     with safe_open(student, framework="pt") as file:
         readers: dict[str, Callable[[], torch.Tensor]] = {name: (lambda n=name: file.get_tensor(n)) for name in file.keys()}  # noqa: SIM118
-        logs = {name: c.work.path(name) for name in ("indexer.jsonl", "distill.jsonl") if c.work.path(name).exists()}
+        logs = {name: c.work.path(name).read_bytes() for name in ("indexer.jsonl", "distill.jsonl") if c.work.path(name).exists()}
         manifest = write_artifact(
             out,
             c.source,

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from rtpurbo.converter.attention import AttentionContext, SparseAttention, SparseSpec, dense_attention
 from rtpurbo.converter.data import Document, data_digest
 from rtpurbo.converter.indexer import Indexer
@@ -24,7 +26,6 @@ from rtpurbo.converter.work import (
     write_text,
 )
 from rtpurbo.manifests.architectures import Architecture, PreRopeTap
-from safetensors.torch import load_file, save_file
 
 _ATTENTION = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.", ".q_norm.", ".k_norm.")
 _LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

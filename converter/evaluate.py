@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from rtpurbo.converter.attention import AttentionContext, SparseAttention, SparseSpec, dense_attention, index_projections
 from rtpurbo.converter.data import Document
 from rtpurbo.converter.distill import answer_logits, read_teacher

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 
 import torch
+
 from rtpurbo.converter.calibrate import Calibration
 
 Indexer = dict[str, torch.Tensor]

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 RECIPE_NAME = "recipe.toml"
-DEFAULT_INDEXER_DATA = "HuggingFaceFW/fineweb"
-DEFAULT_DISTILL_DATA = "allenai/dolma3_longmino_mix"
 # Not part of what a conversion computes on paper: they stay out of the manifest and its digest.
 _LOCAL_FIELDS = ("device", "indexer_data", "distill_data", "checkpoint_every")
 
@@ -160,6 +158,51 @@ PRESETS: dict[str, dict[str, Any]] = {
         "evaluation_tokens": 1536,
         "evaluation_needles": 4,
     },
+}
+
+# One line for each option, shown by `--help`.
+HELP: dict[str, str] = {
+    "seed": "Seed of data order, needles and random baselines.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "dtype": "Compute dtype; trained weights keep float32 copies.",
+    "granularity": "Choose retrieval heads one by one, or whole KV groups (saves memory).",
+    "group_threshold": "With groups: heads of a retained group that score below stay local.",
+    "retrieval_ratio": "Share of query heads (or KV groups) that retrieve.",
+    "sliding_window": "Keys that local heads see, the query's own included.",
+    "sinks": "First tokens that local heads always see.",
+    "dense_below": "Prompts shorter than this stay full attention (0: never).",
+    "rope_scaling": "Stretch the context first, as yarn:4 or linear:2.",
+    "index_dim": "Dimension of index queries and keys.",
+    "index_keys": "One key projection per retrieval head, or one per KV group.",
+    "top_p": "Share of the indexer's softmax mass that a decode step reads.",
+    "decode_block": "Keys per block in decode selection.",
+    "prefill_block": "Keys per block in prefill.",
+    "calibration_documents": "Needle documents.",
+    "calibration_tokens": "Tokens of the longest needle document.",
+    "needle_tokens": "Tokens of the needle.",
+    "indexer_data": "Data of calibration and stage 1 alone.",
+    "indexer_steps": "Steps of stage 1, one document each.",
+    "indexer_min_tokens": "Shortest document of stage 1.",
+    "indexer_max_tokens": "Longest document of stage 1.",
+    "indexer_learning_rate": "Peak learning rate of stage 1.",
+    "indexer_warmup": "Warm-up steps of stage 1.",
+    "distill_data": "Data of stage 2 alone.",
+    "distill_steps": "Steps of stage 2.",
+    "distill_batch": "Documents per step of stage 2.",
+    "distill_min_tokens": "Shortest document of stage 2.",
+    "distill_max_tokens": "Longest document of stage 2.",
+    "answer_tokens": "Answer tokens of a document that marks none.",
+    "distill_learning_rate": "Learning rate of stage 2 after warm-up.",
+    "distill_warmup": "Warm-up steps of stage 2.",
+    "train": "Weights that stage 2 changes; routers and experts never.",
+    "lora_rank": "Rank with --train lora.",
+    "teacher_top_k": "Teacher logits kept per answer token.",
+    "weight_decay": "AdamW weight decay of both stages.",
+    "gradient_clip": "Gradient norm limit of both stages.",
+    "checkpoint_every": "Steps between saved states.",
+    "evaluation_documents": "Held-out documents.",
+    "evaluation_tokens": "Tokens of a held-out document.",
+    "evaluation_needles": "Held-out needle questions (0: none).",
 }
 
 _RANGES: tuple[tuple[str, float, float], ...] = (

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rtpurbo.converter.recipe import RECIPE_NAME, Recipe
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from rtpurbo.converter.recipe import RECIPE_NAME, Recipe
 
 
 class WorkFolder:
@@ -20,13 +21,13 @@ class WorkFolder:
         self.folder = folder
 
     @classmethod
-    def open(cls, folder: Path, recipe: Recipe, model: str, *, resume: bool) -> "WorkFolder":
+    def open(cls, folder: Path, recipe: Recipe, model: str, revision: str | None, *, resume: bool) -> "WorkFolder":
         """Create the folder, or continue in it when `resume` is set and model and recipe are the same.
 
         Raises ValueError when it exists and `resume` is not set, or when what it holds was made from something else.
         """
         work = cls(folder)
-        binding = {"model": model, "recipe": recipe.provenance()}
+        binding = {"model": model, "revision": revision, "recipe": recipe.provenance()}
         if folder.exists():
             if not resume:
                 raise ValueError(f"{folder}: holds an unfinished conversion; add --resume to continue it, or remove the folder")

@@ -1,0 +1,369 @@
+"""The command line: a command turns its options into one call of a plain function; heavy imports happen inside commands."""
+
+import dataclasses
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rtpurbo import __version__
+from rtpurbo.converter.recipe import HELP, PRESETS, RECIPE_NAME, Recipe
+
+
+class _Commands(click.Group):
+    """Turns what the user can mend into one sentence and exit code 2; our own mistakes keep their traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted; a conversion continues with --resume", err=True)
+            ctx.exit(130)
+        except MemoryError:
+            raise _Refusal("not enough memory on this machine; `rtpurbo plan` says what each stage needs") from None
+        except (ValueError, OSError) as error:
+            raise _Refusal(_sentence(error)) from error
+        except RuntimeError as error:
+            # CPU allocations that fail, CUDA out of memory and safetensors' I/O errors have no class of their own here.
+            if "not enough memory" in str(error) or "out of memory" in str(error):
+                raise _Refusal(f"not enough memory: {_sentence(error)}; `rtpurbo plan` says what each stage needs") from error
+            raise
+        except Exception as error:
+            if type(error).__name__ == "SafetensorError":
+                raise _Refusal(_sentence(error)) from error
+            raise
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="rtpurbo")
+def main() -> None:
+    """Turn a full-attention Hugging Face LLM into a head-wise sparse one, and run it."""
+    # Chatter of libraries would bury the one line that matters; errors still arrive as exceptions.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """One option for every field of Recipe; an option that is not given leaves the preset's value."""
+    hints = typing.get_type_hints(Recipe)
+    for field in reversed(dataclasses.fields(Recipe)):
+        if field.name == "preset":
+            continue
+        hint = hints[field.name]
+        kind = click.Choice(typing.get_args(hint)) if typing.get_origin(hint) is typing.Literal else hint
+        shown = f"{HELP[field.name]}  [paper: {field.default}]" if field.default != "" else HELP[field.name]
+        command = click.option(f"--{field.name.replace('_', '-')}", field.name, type=kind, default=None, help=shown)(command)
+    command = click.option("--data", default=None, help="Data of every stage: text, JSONL or parquet file, folder, Hub data set.")(command)
+    command = click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="Read the recipe from a TOML file.")(command)
+    return click.option(
+        "--preset", type=click.Choice(list(PRESETS)), default=None, help="Set of defaults  [demo for MODEL `demo`, else paper]"
+    )(command)
+
+
+def _recipe(model: str, options: dict[str, Any]) -> Recipe:
+    preset, file, data = options.pop("preset"), options.pop("recipe_file"), options.pop("data")
+    given = {name: value for name, value in options.items() if value is not None}
+    if data is not None:
+        given = {"indexer_data": data, "distill_data": data, **given}
+    if file is not None:
+        if preset is not None:
+            raise ValueError("--recipe and --preset exclude each other")
+        return dataclasses.replace(Recipe.from_toml(file), **given)
+    return Recipe.preset_named(preset or ("demo" if model == "demo" else "paper"), **given)
+
+
+_model = click.argument("model")
+_resume = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+_revision = click.option("--revision", default=None, help="Branch, tag or commit of a Hub id.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
+_work = click.option("--work", required=True, type=click.Path(path_type=Path), help="Work folder of the conversion.")
+_out = click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to create.")
+
+
+@main.command()
+@_model
+@_out
+@_resume
+@_revision
+@click.option("--keep-work", is_flag=True, help="Leave the work folder OUT.work behind.")
+@_json
+@_recipe_options
+def convert(model: str, out: Path, resume: bool, revision: str | None, keep_work: bool, as_json: bool, **options: Any) -> None:
+    """Convert MODEL (Hub id, folder or `demo`) into an artifact: calibrate, align, distil, package."""
+    from rtpurbo.converter.convert import convert as run
+    from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest
+
+    recipe = _recipe(model, options)
+    with _Progress() as report:
+        if recipe.preset == "demo":
+            report.note("preset demo: window, lengths and steps are scaled down for a CPU; it shows the path, not the paper's quality")
+        run(model, out, recipe=recipe, resume=resume, revision=revision, keep_work=keep_work, report=report)
+    manifest = Manifest.load(out / MANIFEST_NAME)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "digest": manifest.to_dict()["digest"], "metrics": manifest.metrics}))
+    else:
+        click.echo(f"{out}: {manifest.num_retrieval_heads} retrieval heads, {manifest.num_retained_groups} full KV groups")
+
+
+@main.command()
+@_model
+@_work
+@_resume
+@_revision
+@_recipe_options
+def calibrate(model: str, work: Path, resume: bool, revision: str | None, **options: Any) -> None:
+    """Score the heads of MODEL on needle documents and choose their roles."""
+    from rtpurbo.converter.convert import begin, run_calibration
+
+    with _Progress() as report:
+        run_calibration(begin(model, work, recipe=_recipe(model, options), resume=resume, revision=revision, report=report))
+
+
+@main.command("train-indexer")
+@_work
+def train_indexer(work: Path) -> None:
+    """Stage 1: align the indexer of a calibrated work folder."""
+    from rtpurbo.converter.convert import reopen, run_indexer
+
+    with _Progress() as report:
+        run_indexer(reopen(work, report=report))
+
+
+@main.command()
+@_work
+def distill(work: Path) -> None:
+    """Stage 2: distil the sparse model of a work folder on the original."""
+    from rtpurbo.converter.convert import reopen, run_distillation
+
+    with _Progress() as report:
+        run_distillation(reopen(work, report=report))
+
+
+@main.command()
+@_work
+@_out
+def package(work: Path, out: Path) -> None:
+    """Write the artifact of a finished work folder."""
+    from rtpurbo.converter.convert import reopen, run_package
+    from rtpurbo.converter.package import refuse_existing
+
+    refuse_existing(out)
+    with _Progress() as report:
+        run_package(reopen(work, report=report), out)
+
+
+def _loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16.")(command)
+    return click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")(command)
+
+
+@main.command()
+@click.argument("artifact")
+@click.option("-p", "--prompt", multiple=True, help="Prompt text; may be given several times for one batch.")
+@click.option("--prompt-file", type=click.Path(path_type=Path, dir_okay=False), multiple=True, help="File with one prompt; may repeat.")
+@click.option("--chat/--no-chat", default=True, help="Use the chat template, where the artifact has one.")
+@click.option("--max-new-tokens", type=int, default=256)
+@click.option("--temperature", type=float, default=0.0, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, help="0 is off.")
+@click.option("--top-p", type=float, default=1.0, help="Nucleus sampling; not the selection's top-p.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may repeat.")
+@click.option("--seed", type=int, default=0)
+@click.option("--prefill-chunk", type=int, default=1024, help="Prompt tokens processed at a time.")
+@click.option("--roles", type=click.Choice(["manifest", "all-local", "all-retrieval"]), default="manifest", help="Roles, or an ablation.")
+@click.option("--selection-top-p", type=float, default=None, help="Replace the manifest's selection top-p (1: retrieval heads dense).")
+@click.option("--stream/--no-stream", default=True, help="Print text as it comes (one prompt, not with --json).")
+@_revision
+@_loading
+@_json
+def generate(
+    artifact: str,
+    prompt: tuple[str, ...],
+    prompt_file: tuple[Path, ...],
+    chat: bool,
+    roles: Any,
+    selection_top_p: float | None,
+    stream: bool,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generate from an ARTIFACT (folder or Hub id); prompts come from options, files or standard input."""
+    from rtpurbo.runtime.loader import load
+
+    prompts = [*prompt, *(_read_prompt(path) for path in prompt_file)] or [click.get_text_stream("stdin").read()]
+    runtime = load(artifact, device=device, dtype=dtype, roles=roles, revision=revision, top_p=selection_top_p)
+    streaming = stream and not as_json and len(prompts) == 1
+    chat = chat and getattr(runtime.tokenizer, "chat_template", None) is not None
+    on_text = (lambda _i, text: click.echo(text, nl=False)) if streaming else None
+    answers = runtime.generate(prompts, chat=chat, on_text=on_text, **options)
+    if as_json:
+        click.echo(json.dumps([dataclasses.asdict(answer) for answer in answers]))
+    elif streaming:
+        click.echo()
+    else:
+        for i, answer in enumerate(answers):
+            click.echo(answer.text if len(answers) == 1 else f"[{i}] {answer.text}")
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Heat map of the scores as .png or .svg.")
+@_json
+def inspect(artifact: Path, plot_file: Path | None, as_json: bool) -> None:
+    """Show roles, scores, sparsity and cache sizes of an ARTIFACT folder."""
+    from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest
+    from rtpurbo.manifests.report import describe, plot, render
+
+    manifest = Manifest.load(artifact / MANIFEST_NAME)
+    if plot_file is not None:
+        plot(manifest, plot_file)
+    if as_json:
+        click.echo(json.dumps(describe(manifest)))
+    else:
+        render(manifest, _console())
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--tokens", "num_tokens", type=int, default=512, help="Length of the text on which sparse and dense are compared.")
+@_loading
+@_json
+def verify(artifact: Path, num_tokens: int, device: str, dtype: str, as_json: bool) -> None:
+    """Check schema, digests and shapes of an ARTIFACT folder, and sparse against dense attention on a short text."""
+    from rtpurbo.runtime.verify import verify as run
+
+    report = run(artifact, device=device, dtype=dtype, num_tokens=num_tokens)
+    click.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {_shown(value)}" for name, value in report.items()))
+
+
+@main.command()
+@_model
+@click.option("--context", type=int, required=True, help="Tokens per sequence to serve.")
+@click.option("--batch", type=int, default=1, help="Sequences served together.")
+@_revision
+@_json
+@_recipe_options
+def plan(model: str, context: int, batch: int, revision: str | None, as_json: bool, **options: Any) -> None:
+    """Parameters, cache, memory and time of converting and serving MODEL, from its config alone."""
+    from rtpurbo.converter.checkpoint import config_with_rope_scaling, model_config
+    from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest
+    from rtpurbo.manifests.plan import PlanOptions
+    from rtpurbo.manifests.plan import plan as run
+
+    recipe = _recipe(model, options)
+    config = model_config(model, revision=revision)
+    if recipe.rope_scaling:
+        config = config_with_rope_scaling(config, recipe.rope_scaling)
+    shared = {f.name for f in dataclasses.fields(PlanOptions)} & {f.name for f in dataclasses.fields(Recipe)}
+    manifest = Path(model) / MANIFEST_NAME
+    assumed = PlanOptions(**{name: getattr(recipe, name) for name in shared}, roles=Manifest.load(manifest) if manifest.is_file() else None)
+    planned = run(config, context=context, batch=batch, options=assumed)
+    if as_json:
+        click.echo(json.dumps(planned.to_dict()))
+    else:
+        planned.render(_console())
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Create the repository as private.")
+@click.option("--branch", default=None, help="Branch to upload to  [main]")
+@click.option("--license", default=None, help="Licence for the model card.")
+@_json
+def push(artifact: Path, repo: str, private: bool, branch: str | None, license: str | None, as_json: bool) -> None:
+    """Verify an ARTIFACT folder and upload it to the Hub repository REPO (user/name), with a model card."""
+    from rtpurbo.converter.hub import push as run
+
+    url = run(artifact, repo, private=private, branch=branch, license=license, progress=lambda line: click.echo(line, err=True))
+    click.echo(json.dumps({"url": url}) if as_json else url)
+
+
+def _read_prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(entry)}" for name, entry in value.items())
+    return str(value)
+
+
+class _Progress:
+    """Draws a conversion's stages on standard error: bars on a terminal, a line a stage elsewhere. A converter.convert.Reporter."""
+
+    def __enter__(self) -> "_Progress":
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, soft_wrap=not sys.stderr.isatty())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, TextColumn("{task.fields[facts]}"), console=self._console, disable=not self._console.is_terminal)
+        self._bars.start()
+        self._task: Any = None
+        self._stage, self._done, self._total, self._facts = "", 0, 0, ""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+        self._bars.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of `total` units begins."""
+        self._finish()
+        self._stage, self._done, self._total, self._facts = name, 0, total, ""
+        self._task = self._bars.add_task(name, total=total, facts="")
+        if not self._console.is_terminal:
+            self._console.print(f"{name} ...", markup=False)
+
+    def advance(self, facts: Mapping[str, Any]) -> None:
+        """One unit of the stage is done."""
+        self._done += 1
+        # A resumed stage says at which step it goes on.
+        self._done = int(facts["step"]) + 1 if "step" in facts else self._done
+        self._facts = " ".join(f"{name} {facts[name]:.4g}" for name in ("kl", "loss", "learning_rate") if name in facts)
+        self._bars.update(self._task, completed=self._done, facts=self._facts)
+
+    def note(self, text: str) -> None:
+        """A fact worth a line."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def _finish(self) -> None:
+        if self._stage and not self._console.is_terminal:
+            self._console.print(f"{self._stage}: {self._done} of {self._total} {self._facts}".rstrip(), markup=False)
+        self._stage = ""
+
+
+__all__ = ["RECIPE_NAME", "main"]
+
+if __name__ == "__main__":
+    main()
