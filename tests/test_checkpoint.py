@@ -24,6 +24,7 @@ from rtpurbo.converter.checkpoint import (
     load_embedding,
     load_model,
     load_rotary,
+    model_config,
     open_checkpoint,
     read_tensor,
     resolve_model,
@@ -56,6 +57,19 @@ def opened(folder: Path, tmp_path: Path, **keys: Any) -> Any:
 
 
 # Names
+
+
+def test_a_config_is_read_without_the_weights(hub: HubServer, models: dict[str, Path], tmp_path: Path):
+    config = opened(models["qwen3_moe"], tmp_path).config
+    assert config["num_experts"] == 12
+    assert model_config(str(models["qwen3_moe"])) == config
+    hub.add_repository("models", "ann/moe", files_of(models["qwen3_moe"]))
+    assert model_config("ann/moe") == config
+    assert not [path for _, path in hub.requests if "resolve" in path and "safetensors" in path]
+    with pytest.raises(ValueError, match="only Hub ids have revisions"):
+        model_config(str(models["qwen3_moe"]), revision="main")
+    with pytest.raises(ValueError, match="it has no config.json"):
+        model_config(str(tmp_path))
 
 
 def test_a_short_name_stands_for_the_hub_id_and_says_so():
