@@ -43,22 +43,15 @@ def verify(folder: str | Path, *, device: str = "auto", dtype: str = "auto", num
     plain = load_model(Path(folder), "sdpa", dtype).to(where)
     with torch.no_grad():
         dense = plain(input_ids=torch.tensor([token_ids], device=where), use_cache=False).logits[0].float().cpu()
-    relative = (dense_mode - dense).norm(dim=-1) / dense.norm(dim=-1)
-    tolerance = DENSE_TOLERANCE[runtime.model.dtype]
-    # `not <=` so that a NaN fails as well.
-    if not float(relative.max()) <= tolerance:
-        raise ValueError(
-            f"{folder}: in dense mode the logits differ from transformers' by a relative {float(relative.max()):.3g} at token "
-            f"{int(relative.argmax())}, wanted at most {tolerance} in {runtime.model.dtype}"
-        )
+    error = relative_error(dense_mode, dense, runtime.model.dtype, str(folder))
     return {
         **_checked(Path(folder), runtime),
         "device": str(where),
         "dtype": str(runtime.model.dtype).removeprefix("torch."),
         "tokens": len(token_ids),
         "decoded_tokens": len(token_ids) - prompt,
-        "dense_relative_error": float(relative.max()),
-        "dense_tolerance": tolerance,
+        "dense_relative_error": error,
+        "dense_tolerance": DENSE_TOLERANCE[runtime.model.dtype],
         "dense_max_abs_error": float((dense_mode - dense).abs().max()),
         "prefill": compare(dense[:prompt], sparse[:prompt]),
         "decode": compare(dense[prompt:], sparse[prompt:]),
@@ -89,6 +82,19 @@ def teacher_forced(
     logits = [runtime.prefill(state, torch.tensor([token_ids[:prompt]]), chunk=CHUNK, all_logits=True)[0].float().cpu()]
     logits += [runtime.decode(state, torch.tensor([token])).float().cpu() for token in token_ids[prompt:]]
     return torch.cat(logits), state
+
+
+def relative_error(found_TV: torch.Tensor, wanted_TV: torch.Tensor, dtype: torch.dtype, source: str) -> float:
+    """Largest over tokens of |found - wanted| / |wanted| (Euclidean norms); ValueError when DENSE_TOLERANCE is exceeded."""
+    relative_T = (found_TV - wanted_TV).norm(dim=-1) / wanted_TV.norm(dim=-1)
+    relative_T = relative_T.nan_to_num(nan=float("inf"))
+    largest, tolerance = float(relative_T.max()), DENSE_TOLERANCE[dtype]
+    if largest > tolerance:
+        raise ValueError(
+            f"{source}: in dense mode the logits differ from transformers' by a relative {largest:.3g} at token "
+            f"{int(relative_T.argmax())}, wanted at most {tolerance} in {dtype}"
+        )
+    return largest
 
 
 def compare(dense_TV: torch.Tensor, sparse_TV: torch.Tensor) -> dict[str, float]:

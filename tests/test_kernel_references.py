@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import mask_to_ids, select_blocks
 from rtpurbo.kernels.block_selection.reference import NUM_BINS, select_blocks_exact

@@ -57,17 +57,17 @@ class Selections:
 
 
 def assert_equals_eager(
-    folder: Path, manifest: Manifest, rows: list[list[int]], prompts: list[int], *, chunk: int, blocks: int = 16
+    folder: Path, manifest: Manifest, rows: list[list[int]], prompts: list[int], *, chunk: int, blocks: int = 16, device: str = "cpu"
 ) -> Any:
     """Compare every token's logits of every row, with a real selection of 5-50 % of at least `blocks` blocks."""
     selections = Selections(manifest, len(rows))
-    got, state = run(load(folder, device="cpu"), rows, prompts, chunk, on_selection=selections.observe)
+    got, state = run(load(folder, device=device), rows, prompts, chunk, on_selection=selections.observe)
     trace = eager.EagerTrace()
     for row, prompt, logits, other in zip(rows, prompts, got, selections.rows, strict=True):
         trace.other = other
         want = eager.eager_logits(folder, manifest, row, prompt, trace=trace)
         assert logits.shape == want.shape
-        assert (logits - want).abs().max() < TOLERANCE
+        assert (logits.cpu() - want).abs().max() < TOLERANCE
     if manifest.num_retrieval_heads:
         assert max(stored for _, stored in trace.blocks) >= blocks
         assert 0.05 <= trace.kept_share <= 0.5
@@ -231,3 +231,31 @@ def test_a_sequence_that_ended_does_not_affect_the_others(tmp_path: Path) -> Non
     alone, _ = run(runtime, [row], [60], 64)
     beside, _ = run(runtime, [random_ids(61, 5), row], [60, 60], 64)
     assert (beside[1] - alone[0]).abs().max() < TOLERANCE
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("family", CASES)
+def test_a_gpu_in_fp32_equals_the_masked_model(tmp_path: Path, family: str) -> None:
+    heads, groups, retrieval, keys = CASES[family]
+    manifest = eager.save_artifact(tmp_path, eager.tiny_config(family, heads=heads, groups=groups), retrieval, keys=keys)
+    assert_equals_eager(tmp_path, manifest, [random_ids(300), random_ids(290, 2)], [270, 281], chunk=37, device="cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_gpu_in_bfloat16_stays_near_the_masked_model(tmp_path: Path, head_dim: int) -> None:
+    config = eager.tiny_config("qwen3", head_dim=head_dim, layers=2)
+    changes = {"decode_block": 64, "sliding_window": 100, "key_dtype": "bfloat16", "index_dim": 16, "peak": 2.0}
+    manifest = eager.save_artifact(tmp_path, config, [[0, 1, 5], [4, 5, 6, 7]], **changes)
+    for top_p in (1.0, 0.999):
+        row = random_ids(600)
+        got, _ = run(load(tmp_path, device="cuda", dtype="bfloat16", top_p=top_p), [row], [560], 250)
+        want = eager.eager_logits(tmp_path, dataclasses.replace(manifest, top_p=top_p), row, 560)
+        error_T = (got[0].float().cpu() - want).norm(dim=-1) / want.norm(dim=-1)
+        assert float(error_T.median()) < 0.05
+        assert float(error_T.max()) < 0.5
