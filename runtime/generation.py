@@ -93,6 +93,9 @@ def encode_prompts(
     items = [prompts] if isinstance(prompts, str) else list(prompts)
     if not items:
         raise ValueError("there is no prompt")
+    odd = [item for item in items if not isinstance(item, str | Sequence)]
+    if odd:
+        raise ValueError(f"prompts must be texts or lists of token ids, found {type(odd[0]).__name__}")
     if chat and not all(isinstance(item, str) for item in items):
         raise ValueError("chat needs prompts as text, not as token ids")
     ids = [_encode(tokenizer, item, chat) if isinstance(item, str) else [int(token) for token in item] for item in items]

@@ -37,7 +37,8 @@ def load(
         source: the artifact's folder, or a Hub id "user/repo" (then `revision` may name a branch, tag or commit).
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
-        roles: "manifest", or an ablation: "all-local", "all-retrieval" (see layout.with_roles).
+        roles: "manifest", or an ablation: "all-local", "all-retrieval" (see layout.with_roles). Prompts below the manifest's
+            dense_below stay dense in every one of them.
         top_p: replaces the manifest's; 1 means that retrieval heads attend densely.
 
     Raises ValueError, in one sentence, for everything that does not fit: an unknown source, a file that differs from its digest,
@@ -100,7 +101,7 @@ def read_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
             raise ValueError(f"{folder / MANIFEST_NAME}: files has no digest for {name}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: wanted a JSON object")

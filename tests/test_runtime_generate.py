@@ -206,6 +206,7 @@ def test_chat_wraps_each_prompt_in_the_tokenizers_template(runtime: Runtime) -> 
         ("", {}, "prompt 0 is empty"),
         (["fine", ""], {}, "prompt 1 is empty"),
         ([[1, 2], []], {}, "prompt 1 is empty"),
+        ([1, 2], {}, "prompts must be texts or lists of token ids, found int"),
         ([[1, 5000]], {}, r"prompt 0 has token ids outside 0 \.\.\. 256"),
         ([[1, -1]], {}, "prompt 0 has token ids outside"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens is 0"),

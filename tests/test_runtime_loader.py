@@ -92,9 +92,10 @@ def test_a_config_that_differs_from_the_manifest_is_refused_by_key(folder: Path,
 
 
 def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
-    (folder / "config.json").write_text("{")
-    reseal(folder)
-    refused(folder, r"config\.json: not valid JSON")
+    for text in ("{", "[" * 100_000):
+        (folder / "config.json").write_text(text)
+        reseal(folder)
+        refused(folder, r"config\.json: not valid JSON")
 
 
 @pytest.mark.parametrize(
