@@ -44,9 +44,10 @@ class _Refusal(click.ClickException):
 
 
 def _sentence(error: BaseException) -> str:
+    said = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return (str(error) or type(error).__name__).splitlines()[0]
+        said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return "; ".join([said, *getattr(error, "__notes__", [])])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

@@ -20,10 +20,10 @@ from rtpurbo.converter.data import STAGE1_DATA, STAGE2_DATA, DataSource, Documen
 from rtpurbo.converter.distill import cache_teacher, distill
 from rtpurbo.converter.evaluate import evaluate_indexers, evaluate_model, routing_agreement, routing_choices
 from rtpurbo.converter.indexer import index_scale, initial_indexer, mean_rotation, random_indexer
-from rtpurbo.converter.needle import calibration_documents, needle_questions
+from rtpurbo.converter.needle import NeedleDocument, NeedleQuestion, calibration_documents, needle_questions
 from rtpurbo.converter.package import refuse_existing, write_artifact
 from rtpurbo.converter.recipe import RECIPE_NAME, Recipe
-from rtpurbo.converter.work import WorkFolder, binding_digest
+from rtpurbo.converter.work import WorkFolder, binding_digest, readable
 from rtpurbo.manifests import architectures
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, file_digest, roles_from_heads
 
@@ -56,6 +56,7 @@ class Conversion:
     device: str
     report: Reporter
     inputs: str
+    is_new: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,10 +110,15 @@ def convert(
     out = Path(out)
     refuse_existing(out)
     conversion = begin(model, work_folder(out), recipe=recipe, resume=resume, revision=revision, report=report)
-    run_calibration(conversion)
-    run_indexer(conversion)
-    run_distillation(conversion)
-    run_package(conversion, out)
+    try:
+        run_calibration(conversion)
+        run_indexer(conversion)
+        run_distillation(conversion)
+        run_package(conversion, out)
+    except Exception as error:
+        if conversion.work.folder.exists():
+            error.add_note(f"{conversion.work.folder} keeps what is finished: continue with --resume")
+        raise
     if not keep_work:
         conversion.work.remove()
     return out
@@ -139,9 +145,9 @@ def begin(
         report.note(resolved.substituted)
     recipe = Recipe.preset_named("demo" if resolved.kind == "demo" else "paper") if recipe is None else recipe
     device = _device(recipe.device)
-    existed = folder.exists()
-    work = WorkFolder.open(folder, recipe, model, revision, resume=resume)
+    existed, work = folder.exists(), WorkFolder(folder)
     try:
+        work = WorkFolder.open(folder, recipe, model, revision, resume=resume)
         source = open_checkpoint(model, work=folder, revision=revision)
         if recipe.rope_scaling:
             source = dataclasses.replace(source, config=checkpoint.config_with_rope_scaling(source.config, recipe.rope_scaling))
@@ -157,10 +163,11 @@ def begin(
         elif found["digest"] != inputs:
             raise ValueError(f"{folder}: was begun with other weights of {source.id!r}; remove it to start again")
     except BaseException:
-        if not existed:
+        if not existed and folder.exists():
             work.remove()
         raise
-    return Conversion(source=source, tokenizer=tokenizer, recipe=recipe, work=work, device=device, report=report, inputs=inputs)
+    parts: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "recipe": recipe, "work": work}
+    return Conversion(**parts, device=device, report=report, inputs=inputs, is_new=not existed)
 
 
 def reopen(folder: Path, *, report: Reporter | None = None) -> Conversion:
@@ -175,17 +182,13 @@ def run_calibration(c: Conversion) -> Manifest:
     """Needle scores and roles; writes calibration.safetensors and the manifest of the roles. Source: METHOD section 1."""
     if c.work.path(_ROLES).exists():
         return c.roles()
-    r = c.recipe
-    filler = c.documents("indexer", "train", r.calibration_documents, r.calibration_tokens, r.calibration_tokens)
-    documents = calibration_documents(
-        c.tokenizer,
-        [d.token_ids.tolist() for d in filler],
-        count=r.calibration_documents,
-        tokens=r.calibration_tokens,
-        needle_tokens=r.needle_tokens,
-        window=r.sliding_window,
-        seed=r.seed,
-    )
+    try:
+        documents = _needle_documents(c)
+        _check_data(c)
+    except Exception:
+        if c.is_new:  # nothing was computed, so there is nothing to resume
+            c.work.remove()
+        raise
     c.report.stage("calibrate", c.source.config["num_hidden_layers"])
     result = calibrate(c.source, documents, dtype=c.dtype, device=c.device, on_layer=lambda i: c.report.advance({"layer": i}))
     result.save(c.work.path("calibration.safetensors"))
@@ -208,9 +211,10 @@ def run_indexer(c: Conversion) -> None:
     rotary = load_rotary(c.source, device=c.device)
     limit = max(r.sliding_window + 1, r.indexer_max_tokens)
     rotation = mean_rotation(rotary, manifest.model.head_dim, min(r.sliding_window, limit - 1), limit, c.device)
-    initial = initial_indexer(
-        Calibration.load(c.work.path("calibration.safetensors")), spec.retrieval_heads, spec.key_sets, rotation, r.index_dim
-    )
+    calibration_path = c.work.path("calibration.safetensors")
+    with readable(calibration_path, f"calibrate again, and {_ROLES} with it"):
+        calibration = Calibration.load(calibration_path)
+    initial = initial_indexer(calibration, spec.retrieval_heads, spec.key_sets, rotation, r.index_dim)
     documents = c.documents("indexer", "train", max(1, r.indexer_steps), r.indexer_min_tokens, r.indexer_max_tokens, at_least=1)
     heldout = c.documents("indexer", "heldout", r.evaluation_documents, r.evaluation_tokens, r.evaluation_tokens)
     model = load_model(c.source, dtype=c.dtype, device=c.device, attn_implementation=IMPLEMENTATION)
@@ -234,19 +238,12 @@ def run_distillation(c: Conversion) -> None:
     manifest, r = c.roles(), c.recipe
     if not c.work.path("indexer.json").exists():
         raise ValueError(f"{c.work.folder}: stage 1 has not finished (indexer.json is missing); run `rtpurbo train-indexer` first")
-    spec, indexer = sparse_spec(manifest), load_file(c.work.path(_INDEXER))
+    spec, indexer = sparse_spec(manifest), _indexer(c)
     documents = c.documents(
         "distill", "train", max(1, r.distill_steps * r.distill_batch), r.distill_min_tokens, r.distill_max_tokens, at_least=1
     )
     heldout = c.documents("distill", "heldout", r.evaluation_documents, r.evaluation_tokens, r.evaluation_tokens)
-    questions = needle_questions(
-        c.tokenizer,
-        [d.token_ids.tolist() for d in heldout],
-        count=r.evaluation_needles,
-        tokens=r.evaluation_tokens,
-        window=r.sliding_window,
-        seed=r.seed,
-    )
+    questions = _questions(c, heldout)
     model = load_model(c.source, dtype=_source_dtype(c.source), device=c.device, attn_implementation=IMPLEMENTATION)
     teachers = {"train": documents, "heldout": heldout}
     c.report.stage("teacher logits", len(documents) + len(heldout))
@@ -272,7 +269,8 @@ def run_distillation(c: Conversion) -> None:
     routing_path = c.work.path("teacher-routing.safetensors")
     if not routing_path.exists():
         _save_tensors(routing_path, routing_choices(model, c.source.architecture, None, indexer, heldout, c.dtype))
-    teacher_routing = load_file(routing_path)
+    with readable(routing_path, "compute it again"):
+        teacher_routing = load_file(routing_path)
     c.report.stage("stage 2: distillation", r.distill_steps)
     student = distill(
         model,
@@ -309,14 +307,14 @@ def run_package(c: Conversion, out: Path) -> Manifest:
         "model": metrics["model"],
     }
     student = c.work.path(_STUDENT)
-    with safe_open(student, framework="pt") as file:
+    with readable(student, "distil again, and distillation.json with it"), safe_open(student, framework="pt") as file:
         readers: dict[str, Callable[[], torch.Tensor]] = {name: (lambda n=name: file.get_tensor(n)) for name in file.keys()}  # noqa: SIM118
         logs = {name: c.work.path(name).read_bytes() for name in ("indexer.jsonl", "distill.jsonl") if c.work.path(name).exists()}
         manifest = write_artifact(
             out,
             c.source,
             dataclasses.replace(c.roles(), metrics=summary),
-            indexer=load_file(c.work.path(_INDEXER)),
+            indexer=_indexer(c),
             student=readers,
             recipe_toml=c.work.path(RECIPE_NAME).read_text(encoding="utf-8"),
             metrics=metrics,
@@ -336,6 +334,42 @@ def sparse_spec(manifest: Manifest) -> SparseSpec:
         top_p=manifest.top_p,
         block_size=manifest.decode_block,
         index_scale=manifest.indexer.scale,
+    )
+
+
+def _needle_documents(c: Conversion) -> list[NeedleDocument]:
+    r = c.recipe
+    filler = c.documents("indexer", "train", r.calibration_documents, r.calibration_tokens, r.calibration_tokens)
+    return calibration_documents(
+        c.tokenizer,
+        [d.token_ids.tolist() for d in filler],
+        count=r.calibration_documents,
+        tokens=r.calibration_tokens,
+        needle_tokens=r.needle_tokens,
+        window=r.sliding_window,
+        seed=r.seed,
+    )
+
+
+def _check_data(c: Conversion) -> None:
+    """Read the beginning of every stage's data, so that what a later stage would refuse is refused before hours of work."""
+    r = c.recipe
+    c.documents("indexer", "train", 1, r.indexer_min_tokens, r.indexer_max_tokens)
+    c.documents("distill", "train", 1, r.distill_min_tokens, r.distill_max_tokens)
+    for stage in ("indexer", "distill"):
+        heldout = c.documents(stage, "heldout", r.evaluation_documents, r.evaluation_tokens, r.evaluation_tokens)
+    _questions(c, heldout)
+
+
+def _questions(c: Conversion, heldout: list[Document]) -> list[NeedleQuestion]:
+    r = c.recipe
+    return needle_questions(
+        c.tokenizer,
+        [d.token_ids.tolist() for d in heldout],
+        count=r.evaluation_needles,
+        tokens=r.evaluation_tokens,
+        window=r.sliding_window,
+        seed=r.seed,
     )
 
 
@@ -399,6 +433,12 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"{folder}: has no tokenizer that transformers can load ({str(error).splitlines()[0][:200]})") from error
+
+
+def _indexer(c: Conversion) -> dict[str, torch.Tensor]:
+    path = c.work.path(_INDEXER)
+    with readable(path, "align again, and indexer.json with it"):
+        return load_file(path)
 
 
 def _device(name: str) -> str:

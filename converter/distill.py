@@ -22,6 +22,7 @@ from rtpurbo.converter.work import (
     WorkFolder,
     binding_digest,
     load_training_state,
+    readable,
     save_training_state,
     write_text,
 )
@@ -69,7 +70,8 @@ def cache_teacher(
     folder.mkdir(exist_ok=True)
     binding = binding_digest(inputs, data_digest(documents), top_k, str(dtype))
     record = folder / "teacher.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["binding"] != binding:
+    found = WorkFolder(folder).read(record.name)
+    if found not in (None, {"binding": binding}):
         raise ValueError(f"{folder}: holds the logits of another model or other data; remove the folder to compute them again")
     write_text(record, json.dumps({"binding": binding}))
     for n, document in enumerate(documents):
@@ -86,7 +88,9 @@ def cache_teacher(
 
 def read_teacher(folder: Path, n: int, device: torch.device | str) -> TeacherLogits:
     """TeacherLogits of document n."""
-    tensors = load_file(folder / f"{n:05d}.safetensors", device=str(device))
+    path = folder / f"{n:05d}.safetensors"
+    with readable(path, "compute it again"):
+        tensors = load_file(path, device=str(device))
     return TeacherLogits(ids_AJ=tensors["ids"].long(), logits_AJ=tensors["logits"])
 
 

@@ -84,11 +84,12 @@ def write_artifact(
         }
         complete = dataclasses.replace(manifest, files=listed)
         complete.save(partial / MANIFEST_NAME)
-        (partial / _MARKER).unlink()
         _sync(partial / MANIFEST_NAME)
         _sync(partial)
         refuse_existing(out)
         os.rename(partial, out)
+        # Last, so that whatever a killed process leaves behind can be told from a folder of the user's.
+        (out / _MARKER).unlink()
         _sync(out.parent)
     except OSError as error:
         raise _cannot_write(out, error) from error

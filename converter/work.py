@@ -4,11 +4,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from rtpurbo.converter.recipe import RECIPE_NAME, Recipe
@@ -28,19 +29,21 @@ class WorkFolder:
         """
         work = cls(folder)
         binding = {"model": model, "revision": revision, "recipe": recipe.provenance()}
-        if folder.exists():
+        if folder.exists() and not (resume and _never_begun(folder)):
+            found = work.read("conversion.json")
+            if not isinstance(found, dict):
+                raise ValueError(
+                    f"{folder}: exists, but is not the work folder of a conversion (no conversion.json in it); remove or rename it"
+                )
             if not resume:
                 raise ValueError(f"{folder}: holds an unfinished conversion; add --resume to continue it, or remove the folder")
-            found = work.read("conversion.json")
-            if found is None:
-                raise ValueError(f"{folder}: is not the work folder of a conversion (no conversion.json)")
             for key, wanted in _flat(binding):
                 if (value := dict(_flat(found)).get(key)) != wanted:
                     raise ValueError(
                         f"{folder}/conversion.json: {key} is {value!r}, but this run asks for {wanted!r}; it cannot be resumed"
                     )
         else:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             work.write("conversion.json", binding)
         write_text(folder / RECIPE_NAME, recipe.to_toml())
         return work
@@ -80,7 +83,10 @@ class StepLog:
 
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
-        kept = [line for line in self._lines() if json.loads(line)["step"] < first_step]
+        try:
+            kept = [line for line in self._lines() if json.loads(line)["step"] < first_step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: is damaged ({error}); remove it and the state of its stage to start the stage again") from error
         write_text(path, "".join(line + "\n" for line in kept))
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -112,12 +118,12 @@ def save_training_state(
 
 
 def load_training_state(path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, binding: str) -> int:
-    """Restore what `save_training_state` wrote and return its step; 0 when there is no file. ValueError on other inputs."""
+    """Restore what `save_training_state` wrote and return its step; 0 when there is no file. ValueError: other inputs, damage."""
     if not path.exists():
         return 0
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        if metadata["binding"] != binding:
+    with readable(path, "start this stage again"), safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("binding") != binding:
             raise ValueError(f"{path}: was written for other data or another model; remove it to start this stage again")
         step = int(metadata["step"])
         for name, parameter in parameters.items():
@@ -130,6 +136,15 @@ def load_training_state(path: Path, parameters: Mapping[str, torch.Tensor], opti
     return step
 
 
+@contextmanager
+def readable(path: Path, remedy: str) -> Iterator[None]:
+    """Around reading a safetensors file of the work folder: damage becomes a ValueError that says what removing the file does."""
+    try:
+        yield
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: is damaged or missing ({str(error).splitlines()[0][:200]}); remove it to {remedy}") from error
+
+
 def binding_digest(*parts: Any) -> str:
     """sha256 (hex) of JSON values: what a state or cache was computed from."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
@@ -140,6 +155,11 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _never_begun(folder: Path) -> bool:
+    """Whether a process was killed between creating the folder and its record."""
+    return folder.is_dir() and all(entry.name == "conversion.json.partial" for entry in folder.iterdir())
 
 
 def _flat(body: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
