@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import torch
 import triton
-from rtpurbo.kernels.local_attention import attend_local, choose_impl
+
+from rtpurbo.kernels.local_attention import attend_local
 
 H, K, D, WINDOW, SINKS, CHUNK = 32, 4, 128, 8192, 4, 8192
 COLUMNS = ("case", "tokens", "impl", "median_ms", "p10_ms", "p90_ms", "tflops", "device", "torch", "triton")
@@ -48,16 +49,15 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def rows(lengths: list[int], impls: list[str], seconds: float):
+def rows(lengths: list[int], flex_lengths: list[int], impls: list[str], seconds: float):
     """One dictionary per case and implementation."""
     for tokens in lengths:
         q, k, v = random(1, tokens, H, D), random(1, tokens, K, D), random(1, tokens, K, D)
         pairs = visible_pairs(0, tokens)
-        for impl in impls:
+        for impl in [*impls, "flex"] if tokens in flex_lengths else impls:
             if impl == "flex":
                 run = flex_attention(q, k, v)
             else:
-                impl = choose_impl(q, k, v, impl=impl)
 
                 def run(q=q, k=k, v=v, impl=impl):
                     return attend_local(q, k, v, window=WINDOW, sinks=SINKS, scale=D**-0.5, impl=impl)
@@ -69,8 +69,6 @@ def rows(lengths: list[int], impls: list[str], seconds: float):
             offset = torch.tensor([tokens - CHUNK], dtype=torch.int32, device="cuda")
             pairs = visible_pairs(tokens - CHUNK, tokens)
             for impl in impls:
-                if impl == "flex":
-                    continue
 
                 def run(q=q, k=k, v=v, ring_k=ring_k, ring_v=ring_v, offset=offset, impl=impl):
                     return attend_local(
@@ -84,7 +82,8 @@ def rows(lengths: list[int], impls: list[str], seconds: float):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2**k for k in range(12, 21)])
-    parser.add_argument("--impl", nargs="+", default=["gluon", "triton", "flex"])
+    parser.add_argument("--flex-tokens", type=int, nargs="*", default=[32768, 131072], help="lengths at which FlexAttention runs")
+    parser.add_argument("--impl", nargs="+", default=["gluon", "triton"])
     parser.add_argument("--seconds", type=float, default=0.5, help="timed seconds a row")
     parser.add_argument("--csv", type=pathlib.Path, required=True)
     options = parser.parse_args()
@@ -94,7 +93,7 @@ def main() -> None:
     with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for row in rows(options.tokens, options.impl, options.seconds):
+        for row in rows(options.tokens, options.flex_tokens, options.impl, options.seconds):
             writer.writerow({**row, **versions})
             file.flush()
             print(f"{row['case']:>14} {row['tokens']:>8} {row['impl']:>7} {row['median_ms']:>10} ms {row['tflops']:>6} TFLOP/s", flush=True)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+
 from rtpurbo.kernels.local_attention import attend_local, choose_impl, write_ring
 
 
@@ -98,13 +99,13 @@ def attend_naively(q_THD, k_SKD, v_SKD, rows, offset, window, sinks, scale, work
 
 def build(case: Case, dtype: torch.dtype, device: str):
     """Chunk and ring of a case, with NaN in every row and slot that holds no token; and the whole history."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(device).manual_seed(5)
     B, H = len(case.lengths), case.K * case.group
     counts = case.counts or (case.T,) * B
     S = max(case.lengths) + case.T
 
     def random(*shape):
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     history_k, history_v = random(B, S, case.K, case.D), random(B, S, case.K, case.D)
     # Peaked logits, so that a wrong key is a large error.
@@ -213,6 +214,58 @@ def test_a_requested_kernel_that_cannot_run_says_why():
 def test_the_cpu_is_given_the_reference():
     x = torch.zeros(1, 4, 1, 64)
     assert choose_impl(x, x, x) == "reference"
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89])
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_portable_kernel_compiles_into_the_shared_memory_of_older_gpus(capability, D):
+    triton = pytest.importorskip("triton")
+    from triton.compiler import ASTSource
+
+    from rtpurbo.kernels.local_attention import kernel
+
+    function = kernel._local_attention
+    constants = {"GROUP": 8, "M": 128, "N": 64, "D": D, "HAS_RING": True, "PRECISION": "tf32"}
+    constants |= {name: 1 for name in function.arg_names if name.startswith("stride_") and name.endswith("d")}
+    compiled = compile_for(triton, ASTSource, function, constants, {}, capability, num_warps=4 if D == 64 else 8, num_stages=2)
+    assert compiled.metadata.shared <= 99 * 1024
+
+
+@pytest.mark.parametrize(("D", "ring"), [(64, True), (128, False), (128, True)])
+def test_the_hopper_kernel_compiles_to_tensor_core_instructions(D, ring):
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton.experimental.gluon")
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from rtpurbo.kernels.local_attention import hopper_kernel
+
+    function = hopper_kernel._local_attention_hopper
+    constants = {"GROUP": 8, "M": 128, "N": 128, "D": D, "STAGES": 2, "HAS_RING": ring, "PING_PONG": True}
+    descriptors = {}
+    for name in (name for name in function.arg_names if name.endswith("_desc")):
+        block = [1, 1, 64 if name == "q_desc" else 128, D]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # pyright: ignore[reportCallIssue]
+        descriptors[name] = f"tensordesc<bf16[{','.join(map(str, block))}],{layout!r}>"
+    compiled = compile_for(triton, GluonASTSource, function, constants, descriptors, 90, num_warps=4)
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
+    assert compiled.metadata.num_warps == 12
+
+
+def compile_for(triton, source, function, constants, types, capability, **options):
+    """The kernel for bf16 tensors, built without a GPU."""
+    from triton.backends.compiler import GPUTarget
+
+    names = function.arg_names
+    scalars = {"lse_ptr": "*fp32", "lengths_ptr": "*i32", "counts_ptr": "*i32", "scale_log2": "fp32", **types}
+    signature = {
+        name: "constexpr" if name in constants else scalars.get(name, "*bf16" if name.endswith("_ptr") else "i32") for name in names
+    }
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = (n for n, name in enumerate(names) if name not in constants and (name.endswith("_ptr") or name.startswith("stride_")))
+    hints = {(n,): [["tt.divisibility", 16]] for n in aligned}
+    return triton.compile(source(function, signature, values, hints), target=GPUTarget("cuda", capability, 32), options=options)
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

@@ -4,6 +4,7 @@
 import importlib.util
 
 import torch
+
 from rtpurbo.kernels.local_attention import reference
 from rtpurbo.kernels.local_attention.reference import ring_positions
 

@@ -1,10 +1,18 @@
 """Hopper (sm_90) kernel of attend_local in Gluon: one warp loads by TMA, two warpgroups take turns at wgmma and softmax."""
 
+# Triton's kernel language is not typed Python: launches take options and constants that signatures do not name.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # B batch  T chunk tokens  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
 # A persistent program works on M = 128 query rows of one head at a time, 64 a warpgroup, against key tiles of N = 128 positions.
 # Within a warpgroup the product q k^T of the next tile is issued before the softmax of the one that p v still multiplies.
 import torch
 import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
 from rtpurbo.kernels.local_attention.kernel import (
     CHUNK,
     LN_2,
@@ -12,14 +20,13 @@ from rtpurbo.kernels.local_attention.kernel import (
     RING_WINDOW,
     full_tile,
     masked_tile,
+    oldest_visible,
     plan_tiles,
     unit_of_work,
-    visible,
 )
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Renamed after triton 3.6.
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 BLOCK_QUERIES = 128
 BLOCK_KEYS = 128
@@ -31,13 +38,13 @@ def _load_tile(source, row, b, kh, chunk_desc, ring_desc, sinks_desc, barrier, s
     mbarrier.expect(barrier, chunk_desc.block_type.nbytes)
     if HAS_RING:
         if source == CHUNK:
-            tma.async_copy_global_to_shared(chunk_desc, [b, kh, row, 0], barrier, smem)
+            async_load(chunk_desc, [b, kh, row, 0], barrier, smem)
         elif source == RING_WINDOW:
-            tma.async_copy_global_to_shared(ring_desc, [b, kh, row, 0], barrier, smem)
+            async_load(ring_desc, [b, kh, row, 0], barrier, smem)
         else:
-            tma.async_copy_global_to_shared(sinks_desc, [b, kh, row, 0], barrier, smem)
+            async_load(sinks_desc, [b, kh, row, 0], barrier, smem)
     else:
-        tma.async_copy_global_to_shared(chunk_desc, [b, kh, row, 0], barrier, smem)
+        async_load(chunk_desc, [b, kh, row, 0], barrier, smem)
 
 
 @gluon.jit
@@ -71,12 +78,12 @@ def _load_partition(
         if t0 < count:
             mbarrier.wait(q_empty, (units & 1) ^ 1)
             mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [b, h, t0, 0], q_full, q_smem.index(0))
-            tma.async_copy_global_to_shared(q_desc, [b, h, t0 + M // 2, 0], q_full, q_smem.index(1))
+            async_load(q_desc, [b, h, t0, 0], q_full, q_smem.index(0))
+            async_load(q_desc, [b, h, t0 + M // 2, 0], q_full, q_smem.index(1))
             units += 1
             masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING)
             for x in range(masked):
-                source, row, j0, low = masked_tile(x, details, window, sinks, N, HAS_RING)
+                source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
                 _load_keys_and_values(n, source, row, b, h // GROUP, descs, buffers, STAGES, HAS_RING)
                 n += 1
             for x in range(full):
@@ -86,17 +93,27 @@ def _load_partition(
 
 
 @gluon.jit
-def _softmax(s, m, total, scale_log2):
+def _hide(s, i, j0, low, width, N: gl.constexpr, S_LAYOUT: gl.constexpr):
+    """-inf where the tile that starts at position j0 is out of sight."""
+    c = gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))[None, :]
+    s = gl.where(c >= (oldest_visible(i, low, width) - j0)[:, None], s, float("-inf"))
+    return gl.where(c <= (i - j0)[:, None], s, float("-inf"))
+
+
+@gluon.jit
+def _softmax(s, m, total, scale_log2, MASKED: gl.constexpr):
     """Online softmax in base 2: weights, new maximum, new sum, and the factor for what was summed before."""
     m_new = gl.maximum(m, gl.max(s, 1) * scale_log2)
-    alpha = gl.exp2(m - m_new)
-    p = gl.exp2(s * scale_log2 - m_new[:, None])
+    # A row that has seen no key yet keeps a maximum of -inf: subtract 0 there, not -inf.
+    shift = gl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+    alpha = gl.exp2(m - shift)
+    p = gl.exp2(s * scale_log2 - shift[:, None])
     return p, m_new, total * alpha + gl.sum(p, 1), alpha
 
 
 @gluon.jit
 def _step(
-    n, turn, i, j0, low, window, sinks, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
+    n, turn, i, j0, low, width, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
     MASKED: gl.constexpr, D: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr,
     O_LAYOUT: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
@@ -117,9 +134,8 @@ def _step(
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if MASKED:
-        j = j0 + gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
-        s = gl.where(visible(i[:, None], j[None, :], low, window, sinks), s, float("-inf"))
-    p_new, m, total, alpha = _softmax(s, m, total, scale_log2)
+        s = _hide(s, i, j0, low, width, N, S_LAYOUT)
+    p_new, m, total, alpha = _softmax(s, m, total, scale_log2, MASKED)
     # These values of tile n are wanted only in the next step, but this wait and p_new's way through the next one keep the compiler
     # from moving the softmax behind the end of p v, where it would overlap nothing.
     mbarrier.wait(v_full.index(stage), (n // STAGES) & 1)
@@ -157,7 +173,7 @@ def _attend_partition(
         i = length + t
         if t0 < count:
             masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING)
-            source, row, j0, low = masked_tile(0, details, window, sinks, N, HAS_RING)
+            source, row, j0, low, width = masked_tile(0, details, window, sinks, N, HAS_RING)
             mbarrier.wait(q_full, units & 1)
             units += 1
             mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
@@ -166,23 +182,21 @@ def _attend_partition(
             s = warpgroup_mma(q, k.permute([1, 0]), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(n % STAGES), count=1)
-            j = j0 + gl.arange(0, N, gl.SliceLayout(0, S_LAYOUT))
-            # Tile 0 holds the diagonal of every row (N >= M), so from here on the maxima of valid rows are finite.
-            s = gl.where(visible(i[:, None], j[None, :], low, window, sinks), s, float("-inf"))
-            p, m, total, alpha = _softmax(s, m, total, scale_log2)
+            s = _hide(s, i, j0, low, width, N, S_LAYOUT)
+            p, m, total, alpha = _softmax(s, m, total, scale_log2, True)
             mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
             n += 1
             for x in range(1, masked):
-                source, row, j0, low = masked_tile(x, details, window, sinks, N, HAS_RING)
+                source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
                 p, m, total, acc = _step(
-                    n, turn, i, j0, low, window, sinks, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
+                    n, turn, i, j0, low, width, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
                     True, D, N, STAGES, S_LAYOUT, O_LAYOUT, PING_PONG,
                 )  # fmt: skip
                 n += 1
                 turn += 1
             for _ in range(full):
                 p, m, total, acc = _step(
-                    n, turn, i, 0, 0, window, sinks, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
+                    n, turn, i, 0, 0, 0, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
                     False, D, N, STAGES, S_LAYOUT, O_LAYOUT, PING_PONG,
                 )  # fmt: skip
                 n += 1

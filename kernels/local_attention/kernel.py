@@ -1,5 +1,8 @@
 """Portable Triton kernel of attend_local, and the tile plan it shares with the Hopper kernel."""
 
+# Triton's kernel language is not typed Python: launches take options and constants that signatures do not name.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # B batch  T chunk tokens  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
 # A key tile is a run of consecutive positions that lies contiguously in one source: the chunk, the ring's window slots before or
 # after the write position, or the ring's sinks. Tiles are aligned to the END of their run, so that none reaches past the last
@@ -13,23 +16,27 @@ LN_2 = tl.constexpr(0.6931471805599453)
 CHUNK = tl.constexpr(0)
 RING_WINDOW = tl.constexpr(1)
 RING_SINKS = tl.constexpr(2)
+UNBOUNDED = tl.constexpr(1 << 30)
 
 
 @triton.jit
 def plan_tiles(t0, length, count, window, sinks, M: tl.constexpr, N: tl.constexpr, HAS_RING: tl.constexpr):
     """Key tiles of the query rows t0 ... min(t0 + M, count) - 1 (t0 < count): (masked tiles, full tiles, details).
 
-    A full tile is visible to each of these rows; a masked one holds a border (diagonal, window edge, sinks) and needs `visible`.
+    A full tile is visible to each of these rows; a masked one holds a border (diagonal, window edge, sinks) and needs
+    `oldest_visible`. Where no row's window starts after the sinks, they are no separate run: everything up to the query is visible.
     """
     first = length + t0
     last = length + tl.minimum(t0 + M, count) - 1
-    low = tl.maximum(first - window + 1, 0)
-    full_low = last - window + 1
-    chunk_low = tl.maximum(low, length)
+    joined = last - window + 1 <= sinks
+    width = tl.where(joined, UNBOUNDED, window)
+    low = tl.maximum(first - width + 1, 0)
+    full_low = last - width + 1
+    chunk_low = tl.maximum(tl.maximum(low, length), tl.where(joined, 0, sinks))
     diagonal = tl.maximum(tl.cdiv(last - first, N), 1)
     chunk_full = tl.maximum((last + 1 - tl.maximum(chunk_low, full_low)) // N - diagonal, 0)
     chunk_masked = tl.cdiv(last + 1 - chunk_low, N) - chunk_full
-    chunk_sinks_end = tl.maximum(tl.minimum(sinks, chunk_low), length)
+    chunk_sinks_end = tl.maximum(tl.where(joined, 0, sinks), length)
     chunk_sinks = tl.cdiv(chunk_sinks_end - length, N)
     masked = chunk_masked + chunk_sinks
     full = chunk_full
@@ -47,15 +54,15 @@ def plan_tiles(t0, length, count, window, sinks, M: tl.constexpr, N: tl.constexp
         old_masked = tl.cdiv(tl.maximum(lap - old_low, 0), N) - old_full
         masked += new_masked + old_masked + tl.cdiv(tl.minimum(sinks, length), N)
         full += new_full + old_full
-    chunk = (length, last + 1, chunk_low, diagonal, chunk_full, chunk_masked, chunk_sinks, chunk_sinks_end)
+    chunk = (width, length, last + 1, chunk_low, diagonal, chunk_full, chunk_masked, chunk_sinks, chunk_sinks_end)
     ring = (lap, new_low, new_full, new_masked, old_low, old_full, old_masked)
     return masked, full, chunk + ring
 
 
 @triton.jit
 def masked_tile(x, details, window, sinks, N: tl.constexpr, HAS_RING: tl.constexpr):
-    """Tile x of the masked ones, tile 0 on the diagonal: (source, first row in it, first position, lowest allowed position)."""
-    length, end, chunk_low, diagonal, chunk_full, chunk_masked, chunk_sinks, chunk_sinks_end = details[:8]
+    """Tile x of the masked ones: (source, first row in it, first position, lowest position of the run, width of its window)."""
+    width, length, end, chunk_low, diagonal, chunk_full, chunk_masked, chunk_sinks, chunk_sinks_end = details[:9]
     k = tl.where(x < diagonal, x, x + chunk_full)
     source = CHUNK
     shift = length
@@ -64,11 +71,13 @@ def masked_tile(x, details, window, sinks, N: tl.constexpr, HAS_RING: tl.constex
     x -= chunk_masked
     in_sinks = x >= 0
     low = tl.where(in_sinks, length, low)
+    width = tl.where(in_sinks, UNBOUNDED, width)
     position = tl.where(in_sinks, chunk_sinks_end - (x + 1) * N, position)
     if HAS_RING:
-        lap, new_low, new_full, new_masked, old_low, old_full, old_masked = details[8:]
+        lap, new_low, new_full, new_masked, old_low, old_full, old_masked = details[9:]
         x -= chunk_sinks
         in_new = x >= 0
+        width = tl.where(in_new, details[0], width)
         low = tl.where(in_new, new_low, low)
         shift = tl.where(in_new, lap, shift)
         position = tl.where(in_new, length - (x + new_full + 1) * N, position)
@@ -81,20 +90,21 @@ def masked_tile(x, details, window, sinks, N: tl.constexpr, HAS_RING: tl.constex
         x -= old_masked
         in_ring_sinks = x >= 0
         low = tl.where(in_ring_sinks, 0, low)
+        width = tl.where(in_ring_sinks, UNBOUNDED, width)
         shift = tl.where(in_ring_sinks, 0, shift)
         position = tl.where(in_ring_sinks, tl.minimum(sinks, length) - (x + 1) * N, position)
         source = tl.where(in_ring_sinks, RING_SINKS, source)
-    return source, position - shift, position, low
+    return source, position - shift, position, low, width
 
 
 @triton.jit
 def full_tile(x, details, window, N: tl.constexpr, HAS_RING: tl.constexpr):
     """Tile x of the full ones: (source, first row in it)."""
-    length, end, chunk_low, diagonal, chunk_full = details[:5]
+    width, length, end, chunk_low, diagonal, chunk_full = details[:6]
     row = end - length - (x + diagonal + 1) * N
     source = CHUNK
     if HAS_RING:
-        lap, new_low, new_full, new_masked, old_low, old_full, old_masked = details[8:]
+        lap, new_low, new_full, new_masked, old_low, old_full, old_masked = details[9:]
         x -= chunk_full
         source = tl.where(x >= 0, RING_WINDOW, CHUNK)
         row = tl.where(x >= 0, length - lap - (x + 1) * N, row)
@@ -104,9 +114,9 @@ def full_tile(x, details, window, N: tl.constexpr, HAS_RING: tl.constexpr):
 
 
 @triton.jit
-def visible(i, j, low, window, sinks):
-    """Whether the query at position i sees the key at position j >= low."""
-    return (j >= low) & (j <= i) & ((i - j < window) | (j < sinks))
+def oldest_visible(i, low, width):
+    """The query at position i sees the keys of a masked tile's run from here to i."""
+    return tl.maximum(low, i - width + 1)
 
 
 @triton.jit
@@ -130,7 +140,7 @@ def _source_base(source, row, chunk_ptr, chunk_stride, ring_ptr, ring_stride, si
 
 @triton.jit
 def _attend_tile(
-    q, m, total, acc, k_base, v_base, stride_k, stride_v, stride_kd, stride_vd, row, i, j0, low, window, sinks, scale_log2,
+    q, m, total, acc, k_base, v_base, stride_k, stride_v, stride_kd, stride_vd, row, i, j0, low, width, scale_log2,
     MASKED: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (base 2) over the keys at k_base [N, D] and values at v_base [N, D]."""
@@ -143,7 +153,8 @@ def _attend_tile(
         inside = (j0 + n >= low) & (row + n >= 0)
         k = tl.load(k_ptrs, mask=inside[None, :], other=0.0)
         s = tl.dot(q, k, input_precision=PRECISION)
-        s = tl.where(visible(i[:, None], j0 + n[None, :], low, window, sinks), s, float("-inf"))
+        j = j0 + n[None, :]
+        s = tl.where((j >= oldest_visible(i, low, width)[:, None]) & (j <= i[:, None]), s, float("-inf"))
         v = tl.load(v_ptrs, mask=inside[:, None], other=0.0)
     else:
         k = tl.load(k_ptrs)
@@ -189,11 +200,11 @@ def _local_attention(
         i = length + t
         masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING)
         for x in range(masked):
-            source, row, j0, low = masked_tile(x, details, window, sinks, N, HAS_RING)
+            source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
             k_base, stride_k = _source_base(source, row, k_chunk, stride_kt, k_ring, stride_rkw, sinks, HAS_RING)
             v_base, stride_v = _source_base(source, row, v_chunk, stride_vt, v_ring, stride_rvw, sinks, HAS_RING)
             m, total, acc = _attend_tile(
-                q, m, total, acc, k_base, v_base, stride_k, stride_v, stride_kd, stride_vd, row, i, j0, low, window, sinks,
+                q, m, total, acc, k_base, v_base, stride_k, stride_v, stride_kd, stride_vd, row, i, j0, low, width,
                 scale_log2, True, N, D, PRECISION,
             )  # fmt: skip
         for x in range(full):
@@ -201,7 +212,7 @@ def _local_attention(
             k_base, stride_k = _source_base(source, row, k_chunk, stride_kt, k_ring, stride_rkw, sinks, HAS_RING)
             v_base, stride_v = _source_base(source, row, v_chunk, stride_vt, v_ring, stride_rvw, sinks, HAS_RING)
             m, total, acc = _attend_tile(
-                q, m, total, acc, k_base, v_base, stride_k, stride_v, stride_kd, stride_vd, row, i, 0, 0, window, sinks,
+                q, m, total, acc, k_base, v_base, stride_k, stride_v, stride_kd, stride_vd, row, i, 0, 0, 0,
                 scale_log2, False, N, D, PRECISION,
             )  # fmt: skip
     valid = t < count
