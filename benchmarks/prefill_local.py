@@ -7,6 +7,7 @@ a run share one process and the same random tensors. A chunk row is 8192 queries
 # B batch  T query tokens  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
 import argparse
 import csv
+import functools
 import pathlib
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ import triton
 from rtpurbo.kernels.local_attention import attend_local
 
 H, K, D, WINDOW, SINKS, CHUNK = 32, 4, 128, 8192, 4, 8192
-COLUMNS = ("case", "tokens", "impl", "median_ms", "p10_ms", "p90_ms", "tflops", "device", "torch", "triton")
+COLUMNS = ["case", "tokens", "impl", "median_ms", "p10_ms", "p90_ms", "tflops", "device", "torch", "triton"]
 
 
 def visible_pairs(first: int, end: int) -> int:
@@ -26,7 +27,9 @@ def visible_pairs(first: int, end: int) -> int:
 
 def measure(run: Callable[[], object], pairs: int, seconds: float) -> dict[str, str]:
     """Median, 10th and 90th percentile of single launches (CUDA events, L2 flushed between them)."""
-    low, median, high = triton.testing.do_bench(run, warmup=200, rep=int(1000 * seconds), quantiles=[0.1, 0.5, 0.9])
+    timed = triton.testing.do_bench(run, warmup=200, rep=int(1000 * seconds), quantiles=[0.1, 0.5, 0.9])
+    assert isinstance(timed, (list, tuple))
+    low, median, high = timed
     tflops = 4 * D * H * pairs / median / 1e9
     return {"median_ms": f"{median:.4f}", "p10_ms": f"{low:.4f}", "p90_ms": f"{high:.4f}", "tflops": f"{tflops:.1f}"}
 
@@ -54,28 +57,18 @@ def rows(lengths: list[int], flex_lengths: list[int], impls: list[str], seconds:
     for tokens in lengths:
         q, k, v = random(1, tokens, H, D), random(1, tokens, K, D), random(1, tokens, K, D)
         pairs = visible_pairs(0, tokens)
+        attend = functools.partial(attend_local, window=WINDOW, sinks=SINKS, scale=D**-0.5)
         for impl in [*impls, "flex"] if tokens in flex_lengths else impls:
-            if impl == "flex":
-                run = flex_attention(q, k, v)
-            else:
-
-                def run(q=q, k=k, v=v, impl=impl):
-                    return attend_local(q, k, v, window=WINDOW, sinks=SINKS, scale=D**-0.5, impl=impl)
-
+            run = flex_attention(q, k, v) if impl == "flex" else functools.partial(attend, q, k, v, impl=impl)
             yield {"case": "single shot", "tokens": tokens, "impl": impl, **measure(run, pairs, seconds)}
         if tokens > CHUNK:
             q, k, v = q[:, -CHUNK:], k[:, -CHUNK:], v[:, -CHUNK:]
             ring_k, ring_v = random(1, SINKS + WINDOW, K, D), random(1, SINKS + WINDOW, K, D)
             offset = torch.tensor([tokens - CHUNK], dtype=torch.int32, device="cuda")
             pairs = visible_pairs(tokens - CHUNK, tokens)
+            attend = functools.partial(attend, q, k, v, lengths_B=offset, ring_k_BWKD=ring_k, ring_v_BWKD=ring_v)
             for impl in impls:
-
-                def run(q=q, k=k, v=v, ring_k=ring_k, ring_v=ring_v, offset=offset, impl=impl):
-                    return attend_local(
-                        q, k, v, window=WINDOW, sinks=SINKS, scale=D**-0.5, lengths_B=offset, ring_k_BWKD=ring_k,
-                        ring_v_BWKD=ring_v, impl=impl,
-                    )  # fmt: skip
-
+                run = functools.partial(attend, impl=impl)
                 yield {"case": "chunk of 8192", "tokens": tokens, "impl": impl, **measure(run, pairs, seconds)}
 
 

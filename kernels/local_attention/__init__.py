@@ -107,9 +107,9 @@ def _obstacle(impl: str, tensors: list[torch.Tensor], scale: float) -> str | Non
     q = tensors[0]
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    import triton
+    from triton import knobs
 
-    interpreted = triton.knobs.runtime.interpret and impl == "triton"
+    interpreted = knobs.runtime.interpret and impl == "triton"
     dtypes = (torch.float32,) if interpreted else (torch.float16, torch.bfloat16)
     if q.dtype not in dtypes or any(x.dtype != q.dtype for x in tensors):
         wanted = " or ".join(str(x) for x in dtypes)
