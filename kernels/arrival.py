@@ -18,9 +18,17 @@ def arrive(counter_ptr):
 
 
 @triton.jit
-def wait_until(counter_ptr, target):
-    """Spin until the counter reaches target. The caller makes sure that those it waits for can run (see `division.max_waiting`)."""
-    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+def wait_until(counter_ptr, target, seen):
+    """Spin until the counter reaches target, given a value seen before; what was written before the arrivals is visible.
+
+    The caller makes sure that those it waits for can run (see `division.max_waiting`).
+    """
     while seen < target:
         seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()
+
+
+@triton.jit
+def last_to_leave(counter_ptr, leavers):
+    """Whether all leavers - 1 others have left, so that the counters may be reset; orders no data."""
+    return tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu") == leavers - 1

@@ -10,13 +10,13 @@ def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def group_heads(group_H: Sequence[int], num_groups: int, device: torch.device) -> torch.Tensor:
-    """Table int32 [num_groups, G]: the heads of every group in order, padded with -1 to a common power of two."""
+def group_heads(group_H: Sequence[int], num_groups: int, *, at_least: int = 1) -> torch.Tensor:
+    """Table int64 [num_groups, G]: the heads of every group in order, padded with -1 to a common power of two."""
     members: list[list[int]] = [[] for _ in range(num_groups)]
     for head, group in enumerate(group_H):
         members[group].append(head)
-    width = next_power_of_2(max(len(heads) for heads in members))
-    return torch.tensor([heads + [-1] * (width - len(heads)) for heads in members], dtype=torch.int32, device=device)
+    width = next_power_of_2(max(at_least, *(len(heads) for heads in members)))
+    return torch.tensor([heads + [-1] * (width - len(heads)) for heads in members])
 
 
 def num_processors_of(device: torch.device) -> int:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import mask_to_ids, plan_selection, score_and_select, select_blocks
 from rtpurbo.kernels.block_selection.reference import block_mass, select_blocks_exact
@@ -31,7 +32,7 @@ def run_select(request, device="cpu"):
     for _ in range(2):
         for scratch in (plan.block_max_BHN, plan.block_sum_BHN, plan.chunk_max_BHC):
             scratch.fill_(float("nan"))
-        for scratch in (plan.bin_mass_BHPb, plan.bin_count_BHPb, plan.forced_BHP2):
+        for scratch in (plan.histogram_BHPb, plan.forced_BHP):
             scratch.fill_(-(1 << 30))
         ids, count = score_and_select(
             q, k, plan=plan, lengths_B=lengths, scale=request["scale"], top_p=request["top_p"], sinks=4, impl="triton"
@@ -161,9 +162,9 @@ def assert_guarantee(mask, maximum, total, top_p, tolerance=1e-5):
     ("key_set", "lengths", "plan"),
     [
         ((0, 1, 2, 3, 4), [64 * 37 + 1], {}),
-        ((0, 0, 0, 0, 0, 0, 0, 0), [64 * 40], {"tile_blocks": 8}),
+        ((0, 0, 0, 0, 0, 0, 0, 0), [64 * 40], {"tile_blocks": 16}),
         ((0, 0, 1, 2, 3), [64 * 33], {"select_tile": 16}),
-        ((1, 0, 1), [64 * 21 + 63, 64 * 16, 1500], {"select_tile": 8, "tile_blocks": 1}),
+        ((1, 0, 1), [64 * 21 + 63, 64 * 16, 1500], {"select_tile": 8, "tile_blocks": 4, "num_warps": 4}),
     ],
 )
 def test_the_fused_selection_equals_the_reference_on_peaked_keys(run, key_set, lengths, plan):

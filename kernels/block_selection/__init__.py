@@ -5,6 +5,7 @@ score_and_select: the decode form, fused with the index scores in one launch; it
 
 # B batch  H retrieval query heads  T query tokens  S cached tokens  I index-key sets  R index dim  N blocks
 import torch
+
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import reference
 from rtpurbo.kernels.block_selection.plan import SelectionPlan, plan_selection

@@ -1,15 +1,20 @@
 """Workspace and work division of the fused decode selection: made once for a layer shape, used by every step."""
 
-# B batch  H retrieval query heads  I index-key sets  G heads of a set (padded)  N blocks  C chunks  P parts  b bins
+# B batch  H retrieval query heads  I index-key sets  J groups of sets  G heads of a group (padded)  N blocks  C chunks
+# P parts  b bins
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
-from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of
+
+from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of
 
 NUM_BINS = 256
 MAX_PARTS = 8
 MAX_CHUNKS = 1024
+MIN_COLUMNS = 8
+MAX_TOKENS = 1 << 21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,20 +27,33 @@ class SelectionPlan:
     capacity_blocks: int
     block_size: int
     chunks: int
-    parts: int
     max_selectors: int
     tile_blocks: int
     select_tile: int
     stages: int
     num_warps: int
-    heads_IG: torch.Tensor
+    sets_in_group: int
+    heads_JG: torch.Tensor
+    set_slot_JG: torch.Tensor
+    first_set_J: torch.Tensor
     block_max_BHN: torch.Tensor
     block_sum_BHN: torch.Tensor
     chunk_max_BHC: torch.Tensor
-    bin_mass_BHPb: torch.Tensor
-    bin_count_BHPb: torch.Tensor
-    forced_BHP2: torch.Tensor
+    histogram_BHPb: torch.Tensor
+    forced_BHP: torch.Tensor
     counters: torch.Tensor
+
+
+def group_sets(key_set_H: Sequence[int], num_sets: int) -> list[int]:
+    """First set of every group, and num_sets: consecutive sets whose heads fill the eight columns of a matrix product."""
+    readers = [list(key_set_H).count(key_set) for key_set in range(num_sets)]
+    first_J, heads = [0], 0
+    for key_set, count in enumerate(readers):
+        if heads and heads + count > MIN_COLUMNS:
+            first_J.append(key_set)
+            heads = 0
+        heads += count
+    return [*first_J, num_sets]
 
 
 def plan_selection(
@@ -46,9 +64,9 @@ def plan_selection(
     capacity: int,
     device: torch.device | str,
     block_size: int = 64,
-    tile_blocks: int = 4,
+    tile_blocks: int = 8,
     select_tile: int = 2048,
-    programs_per_processor: int = 4,
+    programs_per_processor: int = 1,
     stages: int = 3,
     num_warps: int = 8,
 ) -> SelectionPlan:
@@ -62,24 +80,31 @@ def plan_selection(
         block_size: keys a block.
         tile_blocks, select_tile, programs_per_processor, stages, num_warps: work division, see benchmarks/decode.md.
 
-    Raises ValueError for a set without reader or out of range.
+    Raises ValueError for a set without reader or out of range, and beyond 2^21 tokens.
     """
     device = torch.device(device)
     if sorted(set(key_set_H)) != list(range(num_sets)):
         raise ValueError(f"plan_selection: key_set {list(key_set_H)} must name every set of 0 ... {num_sets - 1}")
+    if capacity > MAX_TOKENS or select_tile * block_size > MAX_TOKENS // (2 * MAX_PARTS):
+        raise ValueError(
+            f"plan_selection: capacity {capacity} tokens and tiles of {select_tile} blocks of {block_size}, "
+            f"the fixed-point sums hold {MAX_TOKENS} tokens and {MAX_TOKENS // (2 * MAX_PARTS)} a tile"
+        )
     num_processors = num_processors_of(device)
     H, N = len(key_set_H), max(1, -(-capacity // block_size))
-    groups = batch * num_sets
+    first_J = group_sets(key_set_H, num_sets)
+    group_H = [sum(first <= key_set for first in first_J) - 1 for key_set in key_set_H]
+    heads_JG = group_heads(group_H, len(first_J) - 1, at_least=MIN_COLUMNS)
+    set_H = torch.tensor([key_set - first_J[group] for key_set, group in zip(key_set_H, group_H, strict=True)])
+    set_slot_JG = torch.where(heads_JG >= 0, set_H[heads_JG.clamp(min=0)], -1)
+    groups = batch * (len(first_J) - 1)
     chunks = min(MAX_CHUNKS, -(-N // tile_blocks), max(1, num_processors * programs_per_processor // groups))
-    parts = next_power_of_2(min(MAX_PARTS, -(-N // select_tile)))
-    heads_IG = group_heads(key_set_H, num_sets, device)
     shape = {
         "block_max_BHN": ((batch, H, N), torch.float32),
         "block_sum_BHN": ((batch, H, N), torch.float32),
         "chunk_max_BHC": ((batch, H, chunks), torch.float32),
-        "bin_mass_BHPb": ((batch, H, parts, NUM_BINS), torch.int64),
-        "bin_count_BHPb": ((batch, H, parts, NUM_BINS), torch.int32),
-        "forced_BHP2": ((batch, H, parts, 2), torch.int64),
+        "histogram_BHPb": ((batch, H, MAX_PARTS, NUM_BINS), torch.int64),
+        "forced_BHP": ((batch, H, MAX_PARTS), torch.int64),
     }
     return SelectionPlan(
         key_set_H=tuple(key_set_H),
@@ -88,14 +113,16 @@ def plan_selection(
         capacity_blocks=N,
         block_size=block_size,
         chunks=chunks,
-        parts=parts,
         # The interpreter runs one program after the other: there the last one must not wait for a later one.
         max_selectors=max_waiting(groups, num_processors) if device.type == "cuda" else 1,
         tile_blocks=tile_blocks,
         select_tile=select_tile,
         stages=stages,
         num_warps=num_warps,
-        heads_IG=heads_IG,
-        counters=torch.zeros(batch, num_sets, 2 + heads_IG.shape[1], dtype=torch.int32, device=device),
+        sets_in_group=max(after - first for first, after in pairwise(first_J)),
+        heads_JG=heads_JG.to(device=device, dtype=torch.int32),
+        set_slot_JG=set_slot_JG.to(device=device, dtype=torch.int32),
+        first_set_J=torch.tensor(first_J, dtype=torch.int32, device=device),
+        counters=torch.zeros(batch, len(first_J) - 1, 2 + heads_JG.shape[1], dtype=torch.int32, device=device),
         **{name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in shape.items()},
     )

@@ -6,6 +6,7 @@ attend_selected: the decode form, one query token over lists of block ids.
 # B batch  T query tokens  S cached tokens  H retrieval query heads  K kv heads  D head dim  N blocks
 # J jobs (here: retrieval heads)
 import torch
+
 from rtpurbo.kernels.sparse_attention import reference
 from rtpurbo.kernels.sparse_attention.plan import AttendPlan, plan_attention
 

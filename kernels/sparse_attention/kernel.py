@@ -8,7 +8,8 @@
 import torch
 import triton
 import triton.language as tl
-from rtpurbo.kernels.arrival import arrive, wait_until
+
+from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
@@ -28,23 +29,26 @@ def attend_chunk(
     scale_log2,
     HAS_IDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     D: tl.constexpr,
     G: tl.constexpr,
     D_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Online softmax (base 2) of the job's heads over blocks first ... end - 1 of its list."""
+    """Online softmax (base 2) of the job's heads over blocks first ... end - 1 of its list, STEP blocks at a time."""
     best_G = tl.full([G], float("-inf"), tl.float32)
     sum_G = tl.zeros([G], tl.float32)
     acc_GD = tl.zeros([G, D_PADDED], tl.float32)
     dim_D = tl.arange(0, D_PADDED)
-    offset_s = tl.arange(0, BLOCK)
-    for i in tl.range(first, end, num_stages=STAGES):
-        block = i
+    row = tl.arange(0, STEP * BLOCK)
+    for i in tl.range(first, end, STEP, num_stages=STAGES):
+        place_s = i + row // BLOCK
+        listed_s = place_s < end
+        block_s = place_s
         if HAS_IDS:
-            block = tl.load(ids_ptr + i)
-        token_s = block * BLOCK + offset_s
-        stored_s = token_s < tokens
+            block_s = tl.load(ids_ptr + place_s, mask=listed_s, other=0)
+        token_s = block_s * BLOCK + row % BLOCK
+        stored_s = listed_s & (token_s < tokens)
         row_s = token_s.to(tl.int64)[:, None]
         # Rows that were never written may hold NaN: they are replaced, not only weighted with zero.
         mask_sD = stored_s[:, None] & (dim_D < D)[None, :]
@@ -62,37 +66,25 @@ def attend_chunk(
 
 
 @triton.jit
-def merge_head(
-    acc_ptr,
-    best_ptr,
-    sum_ptr,
-    chunks,
-    stride_chunk,
-    D: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Sum one head's partial results in the order of its chunks; returns out fp32 [D] and the base-2 log of the sum."""
+def merge_head(acc_ptr, best_ptr, sum_ptr, chunks, stride_chunk, D: tl.constexpr, D_PADDED: tl.constexpr, TILE: tl.constexpr):
+    """Merge one head's partial results in the order of its chunks; returns out fp32 [D] and the base-2 log of the sum."""
     dim_D = tl.arange(0, D_PADDED)
-    chunk_c = tl.arange(0, MAX_CHUNKS)
-    used_c = chunk_c < chunks
-    best_c = tl.load(best_ptr + chunk_c * stride_chunk, mask=used_c, other=float("-inf"), cache_modifier=".cg")
-    sum_c = tl.load(sum_ptr + chunk_c * stride_chunk, mask=used_c, other=0.0, cache_modifier=".cg")
-    best = tl.max(best_c)
-    total = tl.sum(sum_c * tl.exp2(best_c - best))
+    best = tl.full([], float("-inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
     out_D = tl.zeros([D_PADDED], tl.float32)
     for start in range(0, chunks, TILE):
-        tile_c = start + tl.arange(0, TILE)
-        mask_c = tile_c < chunks
-        tile_best_c = tl.load(best_ptr + tile_c * stride_chunk, mask=mask_c, other=float("-inf"), cache_modifier=".cg")
-        acc_cD = tl.load(
-            acc_ptr + tile_c[:, None] * stride_chunk * D + dim_D[None, :],
-            mask=mask_c[:, None] & (dim_D < D)[None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        out_D += tl.sum(acc_cD * tl.exp2(tile_best_c - best)[:, None], axis=0)
+        chunk_c = start + tl.arange(0, TILE)
+        used_c = chunk_c < chunks
+        used_cD = used_c[:, None] & (dim_D < D)[None, :]
+        acc_cD = tl.load(acc_ptr + chunk_c[:, None] * (stride_chunk * D) + dim_D[None, :], mask=used_cD, other=0.0, cache_modifier=".cg")
+        best_c = tl.load(best_ptr + chunk_c * stride_chunk, mask=used_c, other=float("-inf"), cache_modifier=".cg")
+        sum_c = tl.load(sum_ptr + chunk_c * stride_chunk, mask=used_c, other=0.0, cache_modifier=".cg")
+        new_best = tl.maximum(best, tl.max(best_c))
+        weight_c = tl.exp2(best_c - new_best)
+        decay = tl.exp2(best - new_best)
+        total = total * decay + tl.sum(sum_c * weight_c)
+        out_D = out_D * decay + tl.sum(acc_cD * weight_c[:, None], axis=0)
+        best = new_best
     return out_D / total, best + tl.log2(total)
 
 
@@ -130,21 +122,26 @@ def attend_decode_kernel(
     scale_log2,
     HAS_IDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     G: tl.constexpr,
     G_PADDED: tl.constexpr,
     J_PADDED: tl.constexpr,
-    MAX_CHUNKS: tl.constexpr,
     MERGE_TILE: tl.constexpr,
     MAX_MERGERS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    tokens = tl.minimum(tl.load(lengths_ptr + batch), slots)
     job_J = tl.arange(0, J_PADDED)
     real_J = job_J < num_jobs
+    slot_G = tl.arange(0, G_PADDED)
+    dim_D = tl.arange(0, D_PADDED)
+    # All small tables at once: one trip to memory before the cache, not four.
+    tokens = tl.minimum(tl.load(lengths_ptr + batch), slots)
+    head_JG = tl.load(heads_ptr + job_J[:, None] * G + slot_G[None, :], mask=real_J[:, None] & (slot_G < G)[None, :], other=-1)
+    kv_head_J = tl.load(kv_head_ptr + job_J, mask=real_J, other=0)
     if HAS_IDS:
         blocks_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0)
     else:
@@ -162,17 +159,17 @@ def attend_decode_kernel(
     first = (program - first_program) * chunk_blocks
     end = tl.minimum(first + chunk_blocks, blocks)
 
-    slot_G = tl.arange(0, G_PADDED)
-    dim_D = tl.arange(0, D_PADDED)
-    head_G = tl.load(heads_ptr + job * G + slot_G, mask=slot_G < G, other=-1)
+    head_G = tl.max(tl.where(job_J[:, None] == job, head_JG, -1), axis=0)
+    kv_head = tl.sum(tl.where(job_J == job, kv_head_J, 0)).to(tl.int64)
     used_G = head_G >= 0
     used_GD = used_G[:, None] & (dim_D < D)[None, :]
     q_GD = tl.load(q_ptr + batch * stride_qb + head_G[:, None] * stride_qh + dim_D[None, :], mask=used_GD, other=0.0)
-    kv_head = tl.load(kv_head_ptr + job).to(tl.int64)
+    k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
+    v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
+    ids_ptr += (batch * num_jobs + job) * capacity
     best_G, sum_G, acc_GD = attend_chunk(
-        q_GD, k_ptr + batch * stride_kb + kv_head * stride_kh, v_ptr + batch * stride_vb + kv_head * stride_vh,
-        ids_ptr + (batch * num_jobs + job) * capacity, first, end, tokens, stride_ks, stride_vs, scale_log2,
-        HAS_IDS, BLOCK, D, G_PADDED, D_PADDED, STAGES,
+        q_GD, k_base, v_base, ids_ptr, first, end, tokens, stride_ks, stride_vs, scale_log2,
+        HAS_IDS, BLOCK, STEP, D, G_PADDED, D_PADDED, STAGES,
     )  # fmt: skip
 
     out_ptr += batch * stride_ob
@@ -195,16 +192,14 @@ def attend_decode_kernel(
     merger = ticket - (chunks - mergers)
     if merger < 0:
         return
-    wait_until(counter_ptr, chunks)
+    wait_until(counter_ptr, chunks, ticket + 1)
     for slot in range(merger, heads_in_job, mergers):
         head = tl.load(heads_ptr + job * G + slot)
         first_row = (batch * tl.num_programs(0) + first_program) * G + slot
-        out_D, lse = merge_head(
-            acc_ptr + first_row * D, best_ptr + first_row, sum_ptr + first_row, chunks, G, D, D_PADDED, MAX_CHUNKS, MERGE_TILE
-        )
+        out_D, lse = merge_head(acc_ptr + first_row * D, best_ptr + first_row, sum_ptr + first_row, chunks, G, D, D_PADDED, MERGE_TILE)
         tl.store(out_ptr + head * stride_oh + dim_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
         tl.store(lse_ptr + head, lse * LN2)
-    if arrive(counter_ptr + 1) == mergers - 1:
+    if last_to_leave(counter_ptr + 1, mergers):
         tl.store(counter_ptr, 0)
         tl.store(counter_ptr + 1, 0)
 
@@ -257,12 +252,13 @@ def launch(
         float(scale) * LOG2E,
         HAS_IDS=ids_BJN is not None,
         BLOCK=plan.block_size,
+        STEP=plan.step_blocks,
         D=D,
         D_PADDED=triton.next_power_of_2(D),
         G=G,
+        # A matrix product has at least 16 rows.
         G_PADDED=max(16, G),
         J_PADDED=triton.next_power_of_2(J),
-        MAX_CHUNKS=triton.next_power_of_2(plan.programs + J),
         MERGE_TILE=plan.merge_tile,
         MAX_MERGERS=plan.max_mergers,
         STAGES=plan.stages,

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
 from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of
 
 
@@ -23,6 +24,7 @@ class AttendPlan:
     merge_tile: int
     stages: int
     num_warps: int
+    step_blocks: int
     heads_JG: torch.Tensor
     kv_head_J: torch.Tensor
     acc_BLGD: torch.Tensor
@@ -39,10 +41,11 @@ def plan_attention(
     head_dim: int,
     device: torch.device | str,
     block_size: int = 64,
-    programs_per_processor: int = 2,
-    merge_tile: int = 32,
+    programs_per_processor: int = 1,
+    merge_tile: int = 64,
     stages: int = 3,
     num_warps: int = 4,
+    step_blocks: int = 2,
 ) -> AttendPlan:
     """Divide the work of `attend_selected` (one head a job) or `attend_slots` (the heads of a KV group a job).
 
@@ -51,7 +54,7 @@ def plan_attention(
         kv_head_J: for every job the KV head it reads.
         batch, head_dim: largest batch; D.
         device: where the cache lives.
-        block_size, programs_per_processor, merge_tile, stages, num_warps: work division, see benchmarks/decode.md.
+        block_size, programs_per_processor, merge_tile, stages, num_warps, step_blocks: work division, see benchmarks/decode.md.
 
     Raises ValueError for jobs that are empty, share a head or lack a KV head.
     """
@@ -60,8 +63,8 @@ def plan_attention(
     if not heads or any(not job for job in head_J) or len(set(heads)) != len(heads) or len(kv_head_J) != len(head_J):
         raise ValueError(f"plan_attention: jobs {[list(job) for job in head_J]} and KV heads {list(kv_head_J)} do not fit")
     job_of = {head: job for job, members in enumerate(head_J) for head in members}
-    local_JG = group_heads([job_of[head] for head in heads], len(head_J), torch.device("cpu"))
-    heads_JG = torch.where(local_JG >= 0, torch.tensor(heads)[local_JG.long().clamp(min=0)], -1)
+    local_JG = group_heads([job_of[head] for head in heads], len(head_J))
+    heads_JG = torch.where(local_JG >= 0, torch.tensor(heads)[local_JG.clamp(min=0)], -1)
     J, G = heads_JG.shape
     num_processors = num_processors_of(device)
     programs = max(1, -(-num_processors * programs_per_processor // batch))
@@ -76,6 +79,7 @@ def plan_attention(
         merge_tile=merge_tile,
         stages=stages,
         num_warps=num_warps,
+        step_blocks=step_blocks,
         heads_JG=heads_JG.to(device=device, dtype=torch.int32),
         kv_head_J=torch.tensor(list(kv_head_J), dtype=torch.int32, device=device),
         acc_BLGD=torch.empty(batch, slots, G, head_dim, dtype=torch.float32, device=device),

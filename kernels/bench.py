@@ -1,0 +1,66 @@
+"""Timing for kernel benchmarks: CUDA-graph replay over rotated buffers, medians, CSV rows with device and versions."""
+
+import csv
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+READ_BANDWIDTH_GB_S = 4560.0  # pure reads measured on one H200, see benchmarks/decode.md
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Time of one step in microseconds: median, 10th and 90th percentile over replays."""
+
+    median_us: float
+    low_us: float
+    high_us: float
+
+
+def rotations(step_bytes: int, *, at_least: int = 2, at_most: int = 128, total_bytes: int = 256 << 20) -> int:
+    """How many buffer sets make a round of steps touch several times the L2, so that no step finds its own data there."""
+    return max(at_least, min(at_most, -(-total_bytes // max(1, step_bytes))))
+
+
+def time_graph(steps: Sequence[Callable[[], object]], *, replays: int = 30) -> Timing:
+    """Capture all steps, one after the other, in one CUDA graph; time its replays; divide by the number of steps."""
+    for step in (steps[0], steps[0], steps[-1]):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    times = []
+    for replay in range(replays + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if replay >= 3:
+            times.append(start.elapsed_time(end) * 1000.0 / len(steps))
+    deciles = statistics.quantiles(times, n=10)
+    return Timing(median_us=statistics.median(times), low_us=deciles[0], high_us=deciles[-1])
+
+
+def versions() -> dict[str, str]:
+    """The columns that every benchmark row carries."""
+    import triton
+
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
+    """Write rows (the union of their keys as columns); the file appears when it is complete."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(part, path)
