@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -18,20 +19,29 @@ from rtpurbo.converter.recipe import HELP, PRESETS, RECIPE_NAME, Recipe
 class _Commands(click.Group):
     """Turns what the user can mend into one sentence and exit code 2; our own mistakes keep their traceback."""
 
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> click.Context:
+        given = list(args)
+        try:
+            return super().make_context(info_name, args, *rest, **extra)
+        except click.UsageError as error:
+            if not given:  # click's way to print the help
+                raise
+            raise _misused(error) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             click.echo("interrupted; a conversion continues with --resume", err=True)
             ctx.exit(130)
-        except MemoryError:
-            raise _Refusal("not enough memory on this machine; `rtpurbo plan` says what each stage needs") from None
+        except click.UsageError as error:
+            raise _misused(error) from error
         except (ValueError, OSError) as error:
             raise _Refusal(_sentence(error)) from error
-        except RuntimeError as error:
-            # CPU allocations that fail, CUDA out of memory and safetensors' I/O errors have no class of their own here.
-            if "not enough memory" in str(error) or "out of memory" in str(error):
-                raise _Refusal(f"not enough memory: {_sentence(error)}; `rtpurbo plan` says what each stage needs") from error
+        except (MemoryError, RuntimeError) as error:
+            # Allocations that fail on the CPU or a GPU have no class of their own.
+            if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+                raise _Refusal(_sentence(error, "not enough memory; `rtpurbo plan` says what each stage needs")) from error
             raise
         except Exception as error:
             if type(error).__name__ == "SafetensorError":
@@ -43,8 +53,16 @@ class _Refusal(click.ClickException):
     exit_code = 2
 
 
-def _sentence(error: BaseException) -> str:
-    said = (str(error) or type(error).__name__).splitlines()[0]
+def _misused(error: click.UsageError) -> _Refusal:
+    where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+    return _Refusal(" ".join(error.format_message().split()) + where)
+
+
+_NO_MEMORY = re.compile("(not enough|out of|can't allocate) memory|can't start new thread")
+
+
+def _sentence(error: BaseException, said: str = "") -> str:
+    said = said or (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError) and error.strerror:
         said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return "; ".join([said, *getattr(error, "__notes__", [])])
@@ -56,6 +74,7 @@ def main() -> None:
     """Turn a full-attention Hugging Face LLM into a head-wise sparse one, and run it."""
     # Chatter of libraries would bury the one line that matters; errors still arrive as exceptions.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -209,7 +228,9 @@ def generate(
     """Generate from an ARTIFACT (folder or Hub id); prompts come from options, files or standard input."""
     from rtpurbo.runtime.loader import load
 
-    prompts = [*prompt, *(_read_prompt(path) for path in prompt_file)] or [click.get_text_stream("stdin").read()]
+    prompts = [*prompt, *(_decoded(path.read_bytes(), str(path)) for path in prompt_file)] or [
+        _decoded(sys.stdin.buffer.read(), "standard input")
+    ]
     runtime = load(artifact, device=device, dtype=dtype, roles=roles, revision=revision, top_p=selection_top_p)
     streaming = stream and not as_json and len(prompts) == 1
     chat = chat and getattr(runtime.tokenizer, "chat_template", None) is not None
@@ -298,11 +319,11 @@ def push(artifact: Path, repo: str, private: bool, branch: str | None, license: 
     click.echo(json.dumps({"url": url}) if as_json else url)
 
 
-def _read_prompt(path: Path) -> str:
+def _decoded(raw: bytes, source: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
 def _console() -> Any:

@@ -143,7 +143,8 @@ def begin(
     resolved = catalog.resolve_model(model)
     if resolved.substituted:
         report.note(resolved.substituted)
-    recipe = Recipe.preset_named("demo" if resolved.kind == "demo" else "paper") if recipe is None else recipe
+    if recipe is None:
+        recipe = Recipe.preset_named("demo" if resolved.kind == "demo" else "paper")
     device = _device(recipe.device)
     existed, work = folder.exists(), WorkFolder(folder)
     try:
@@ -429,6 +430,9 @@ def _check_recipe(recipe: Recipe, source: Checkpoint) -> None:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    # For some model types transformers makes a tokenizer without any token when there is no file of one.
+    if checkpoint.tokenizer_digest(folder) is None:
+        raise ValueError(f"{folder}: has no tokenizer, wanted tokenizer.json, tokenizer.model, or vocab.json and merges.txt")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:

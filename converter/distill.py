@@ -122,7 +122,7 @@ def distill(
         first = load_training_state(state_path, parameters, optimizer, binding)
         log = StepLog(work.path("distill.jsonl"), first)
         model.train()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute_activations(model, True)
         for step in range(first, recipe.distill_steps):
             rate = learning_rate(step, recipe.distill_learning_rate, recipe.distill_warmup)
             for group in optimizer.param_groups:
@@ -156,9 +156,18 @@ def distill(
             on_step(record)
             if (step + 1) % recipe.checkpoint_every == 0:
                 save_training_state(state_path, parameters, optimizer, step + 1, binding)
-        model.gradient_checkpointing_disable()
+        _recompute_activations(model, False)
         model.eval()
     return {name: model.get_parameter(name).detach() for name in student_names(model, recipe)}
+
+
+def _recompute_activations(model: Any, on: bool) -> None:
+    """Keep only each layer's input for the backward pass, or everything again; transformers renamed the methods within version 5."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 @contextmanager

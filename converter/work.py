@@ -153,7 +153,12 @@ def binding_digest(*parts: Any) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write a text file by rename."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    try:
+        partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        # A failed write, unlike a failed open, does not say of which file.
+        error.filename = error.filename or str(partial)
+        raise
     partial.replace(path)
 
 

@@ -23,10 +23,17 @@ def plot(manifest: Manifest, path: Path) -> None:
         raise ValueError("plotting needs matplotlib: pip install 'rtpurbo[plot]'") from error
     partial = path.with_name(path.name + ".partial")
     # Fixed ids and no date: the same manifest gives the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "rtpurbo", "font.size": 9}):
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        _figure(manifest).savefig(partial, format=path.suffix[1:], dpi=160, metadata=metadata)
-    partial.replace(path)
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": "rtpurbo", "font.size": 9}):
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            _figure(manifest).savefig(partial, format=path.suffix[1:], dpi=160, metadata=metadata)
+        partial.replace(path)
+    except OSError as error:
+        # A failed write, unlike a failed open, does not say of which file.
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _figure(manifest: Manifest) -> Any:

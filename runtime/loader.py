@@ -1,5 +1,6 @@
 """Load an artifact: check manifest, digests, geometry and indexer, then the model with its heads in run-time order."""
 
+import glob
 import json
 import re
 from dataclasses import asdict
@@ -18,8 +19,6 @@ from rtpurbo.runtime.layout import Roles, layout_of, permute_heads, with_roles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_DTYPES = (torch.float32, torch.bfloat16)
-# What a runtime reads; everything else in a Hub repository stays there.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def load(
@@ -191,7 +190,12 @@ def _download(repo: str, revision: str | None) -> Path:
 
     name = f"{repo} (revision {revision})" if revision else repo
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_PATTERNS))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=[MANIFEST_NAME]))
+        if not (folder / MANIFEST_NAME).is_file():
+            raise ValueError(f"{name}: {MANIFEST_NAME}: cannot be read (the Hub repository has no such file: it is not a converted model)")
+        # What the manifest lists, at the same commit; everything else in the repository stays there.
+        listed = [glob.escape(file) for file in Manifest.load(folder / MANIFEST_NAME).files]
+        return Path(snapshot_download(repo, revision=folder.name, allow_patterns=[MANIFEST_NAME, *listed]))
     except errors.GatedRepoError as error:
         raise ValueError(f"{name}: the Hub repository is gated; accept its terms and log in with `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:

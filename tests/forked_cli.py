@@ -5,7 +5,8 @@
         cli("convert", folder, "--out", out, die_at=DieAt("os.rename", "indexer-state.safetensors", 2))
 
 `die_at` makes the process kill itself with SIGKILL inside the n-th occurrence of an audit event on a path: what kill -9 does, at an
-exact point. `limits` are resource limits (name of resource.RLIMIT_* -> bytes) of that process alone.
+exact point. `limits` are resource limits (name of resource.RLIMIT_* -> bytes,
+or "+N MiB" on top of what is in use) of that process alone.
 """
 
 import json
@@ -25,6 +26,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "COLUMNS": "200",
@@ -71,11 +73,20 @@ class ForkedCli:
         self.start(*arguments, **options)
         return self.wait()
 
-    def start(self, *arguments: Any, stdin: str = "", cwd: Path | None = None, die_at: DieAt | None = None, limits: Any = None) -> int:
+    def start(
+        self,
+        *arguments: Any,
+        stdin: str = "",
+        cwd: Path | None = None,
+        die_at: DieAt | None = None,
+        limits: dict[str, int | str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> int:
         """Start a process and return its id; call `wait` before the next."""
         files = {name: str(Path(self._folder.name, name)) for name in ("stdin", "stdout", "stderr")}
         Path(files["stdin"]).write_text(stdin)
         request = {"arguments": list(map(str, arguments)), "cwd": str(cwd or "."), "limits": limits or {}, **files}
+        request["environment"] = environment or {}
         self._say({**request, "die_at": asdict(die_at) if die_at else None})
         return int(self._hear())
 
@@ -119,7 +130,9 @@ def _child(request: dict[str, Any]) -> None:
             os.dup2(os.open(request[name], flags), number)
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
         os.chdir(request["cwd"])
+        os.environ.update(request["environment"])
         for name, value in request["limits"].items():
+            value = _absolute(value) if isinstance(value, str) else value
             resource.setrlimit(getattr(resource, name), (value, value))
         if request["die_at"]:
             _die_at(DieAt(**request["die_at"]))
@@ -132,6 +145,12 @@ def _child(request: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _absolute(more: str) -> int:
+    """Bytes of "+N MiB" on top of the address space in use."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize() + (int(more.split()[0]) << 20)
 
 
 def _die_at(point: DieAt) -> None:
