@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from rtpurbo.kernels.block_scores import block_scores
@@ -14,7 +15,7 @@ from rtpurbo.kernels.block_selection import select_blocks
 from rtpurbo.manifests.architectures import PreRopeTap
 
 IMPLEMENTATION = "rtpurbo_convert"
-# Rows of one masked SDPA call: its boolean mask is at most this many rows by (sinks + window + rows) keys.
+# Rows of one masked call: its logits are at most this many rows by (sinks + window + rows) keys a head.
 _LOCAL_ROWS = 512
 
 
@@ -71,8 +72,27 @@ def local_attention(
         position_S = torch.cat([torch.arange(num_sinks, device=device), torch.arange(first, end, device=device)])
         row_T1 = torch.arange(start, end, device=device)[:, None]
         visible_TS = (position_S <= row_T1) & ((row_T1 - position_S < window) | (position_S < sinks))
-        chunks.append(scaled_dot_product_attention(q_BHTD[:, :, start:end], keys, values, attn_mask=visible_TS, scale=scale))
+        chunks.append(masked_attention(q_BHTD[:, :, start:end], keys, values, visible_TS, scale))
     return torch.cat(chunks, dim=2)
+
+
+def masked_attention(
+    q_BHTD: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, visible_TS: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax over the visible keys of scale * q . k, times v; every row sees at least one key. Returns [B, H, T, D].
+
+    Written out and checkpointed, because the memory-efficient SDPA kernel reads out of bounds in its backward pass with masks whose
+    rows are not aligned (seen with torch 2.11 on sm_90). Nothing of size T x S survives the forward pass.
+    """
+    return checkpoint(_masked_attention, q_BHTD, k_BHSD, v_BHSD, visible_TS, scale, use_reentrant=False)
+
+
+def _masked_attention(
+    q_BHTD: torch.Tensor, k_BHSD: torch.Tensor, v_BHSD: torch.Tensor, visible_TS: torch.Tensor, scale: float
+) -> torch.Tensor:
+    logits_BHTS = torch.matmul(q_BHTD, k_BHSD.transpose(2, 3)).float() * scale
+    weights_BHTS = logits_BHTS.masked_fill(~visible_TS, float("-inf")).softmax(dim=-1)
+    return torch.matmul(weights_BHTS.to(v_BHSD.dtype), v_BHSD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +187,7 @@ class SparseAttention:
         context = scaled_dot_product_attention(
             q_BHTD[:, :, :start], k_BHTD[:, :, :start], v_BHTD[:, :, :start], is_causal=True, scale=scale
         )
-        answer = scaled_dot_product_attention(q_BHTD[:, :, start:], k_BHTD, v_BHTD, attn_mask=selected_BHAT, scale=scale)
+        answer = masked_attention(q_BHTD[:, :, start:], k_BHTD, v_BHTD, selected_BHAT, scale)
         return torch.cat([context, answer], dim=2)
 
 

@@ -1,16 +1,18 @@
 """The conversion as a linear script: calibrate -> stage 1 -> stage 2 -> package, each step resumable in one work folder."""
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import rtpurbo
 from rtpurbo.converter import catalog, checkpoint
 from rtpurbo.converter.align import align
 from rtpurbo.converter.attention import IMPLEMENTATION, SparseSpec
@@ -411,7 +413,7 @@ def _manifest(c: Conversion, calibration: Calibration, documents: list[Any]) -> 
             "rank_stability": rank_stability(calibration.scores_NLH, num_top),
         },
         recipe=r.provenance(),
-        libraries={name: importlib.metadata.version(name) for name in ("rtpurbo", "torch", "transformers", "safetensors")},
+        libraries={module.__name__: module.__version__ for module in (rtpurbo, safetensors, torch, transformers)},
     )
 
 

@@ -91,6 +91,9 @@ def needle_questions(
         answer = whole[len(prompt) :]
         if whole[: len(prompt)] != prompt or not answer:
             raise ValueError("the tokenizer merges the answer into the prompt; needle questions need a tokenizer that splits at spaces")
+        # A token for the space alone belongs to the prompt: whether the model writes a space, a quote or a colon is style.
+        while len(answer) > 1 and not tokenizer.decode(answer[:1]).strip():
+            prompt, answer = (*prompt, answer[0]), answer[1:]
         questions.append(NeedleQuestion(prompt=prompt, answer=answer, answer_text=code, fact=depth))
     return questions
 
