@@ -156,7 +156,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "checkpoint_every": 8,
         "evaluation_documents": 2,
         "evaluation_tokens": 1536,
-        "evaluation_needles": 4,
+        "evaluation_needles": 8,
     },
 }
 
