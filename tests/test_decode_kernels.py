@@ -164,6 +164,7 @@ def assert_guarantee(mask, maximum, total, top_p, tolerance=1e-5):
         ((0, 1, 2, 3, 4), [64 * 37 + 1], {}),
         ((0, 0, 0, 0, 0, 0, 0, 0), [64 * 40], {"tile_blocks": 16}),
         ((0, 0, 1, 2, 3), [64 * 33], {"select_tile": 16}),
+        ((2, 0, 1, 3, 4, 5, 6), [64 * 18 + 1], {"sets_a_group": 3}),
         ((1, 0, 1), [64 * 21 + 63, 64 * 16, 1500], {"select_tile": 8, "tile_blocks": 4, "num_warps": 4}),
     ],
 )

@@ -8,6 +8,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
 from rtpurbo.kernels.block_selection.plan import MAX_CHUNKS, MAX_PARTS
@@ -241,6 +242,7 @@ def score_and_select_kernel(
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
     SELECT_TILE: tl.constexpr,
+    EARLY_LAUNCH: tl.constexpr,
 ):
     group = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -248,14 +250,18 @@ def score_and_select_kernel(
     chunks = tl.num_programs(1)
     # All small tables at once: one trip to memory before the keys, not three.
     slot_G = tl.arange(0, G)
-    length = tl.load(lengths_ptr + batch)
     head_G = tl.load(heads_ptr + group * G + slot_G)
     set_slot_G = tl.load(set_slot_ptr + group * G + slot_G)
     first_set = tl.load(first_set_ptr + group)
     sets_in_group = tl.load(first_set_ptr + group + 1) - first_set
+    if EARLY_LAUNCH:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    length = tl.load(lengths_ptr + batch)
     blocks = tl.cdiv(length, BLOCK)
     tiles = tl.cdiv(blocks, TILE_BLOCKS)
-    tiles_a_chunk = tl.maximum(tl.cdiv(tiles, chunks), 1)
+    # Groups with fewer sets get fewer programs, so that all programs read about the same number of bytes.
+    tiles_a_chunk = tl.maximum(tl.cdiv(tiles, tl.cdiv(chunks * sets_in_group, SETS)), 1)
     active = tl.maximum(tl.cdiv(tiles, tiles_a_chunk), 1)
     if chunk >= active:
         return
@@ -291,7 +297,7 @@ def score_and_select_kernel(
     wait_until(counter_ptr, active, ticket + 1)
     if parts == 1:
         for slot in range(selector, jobs, selectors):
-            row = batch * num_heads + tl.load(heads_ptr + group * G + slot)
+            row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
             start = row * capacity
             count = select_whole(max_ptr + start, sum_ptr + start, ids_ptr + start, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE)
             tl.store(count_ptr + row, count)
@@ -300,7 +306,7 @@ def score_and_select_kernel(
         for job in range(selector, jobs, selectors):
             slot = job // parts
             part = job % parts
-            row = batch * num_heads + tl.load(heads_ptr + group * G + slot)
+            row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
             top_c = tl.load(chunk_max_ptr + row * chunks + chunk_c, mask=chunk_c < active, other=float("-inf"), cache_modifier=".cg")
             sum_part(
                 max_ptr + row * capacity, sum_ptr + row * capacity,
@@ -311,7 +317,7 @@ def score_and_select_kernel(
         for job in range(selector, jobs, selectors):
             slot = job // parts
             part = job % parts
-            row = batch * num_heads + tl.load(heads_ptr + group * G + slot)
+            row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
             top_c = tl.load(chunk_max_ptr + row * chunks + chunk_c, mask=chunk_c < active, other=float("-inf"), cache_modifier=".cg")
             wait_until(counter_ptr + 2 + slot, parts, tl.zeros([], tl.int32))
             bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
@@ -370,6 +376,8 @@ def launch(plan, index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor, lengths_
         STAGES=plan.stages,
         PARTS=MAX_PARTS,
         SELECT_TILE=plan.select_tile,
+        EARLY_LAUNCH=plan.early_launch,
+        launch_pdl=plan.early_launch,
         num_warps=plan.num_warps,
     )
     return ids_BHN, count_BH

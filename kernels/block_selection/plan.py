@@ -8,12 +8,13 @@ from itertools import pairwise
 
 import torch
 
-from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of
+from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of
 
 NUM_BINS = 256
 MAX_PARTS = 8
 MAX_CHUNKS = 1024
 MIN_COLUMNS = 8
+STAGE_BYTES = 196 << 10
 MAX_TOKENS = 1 << 21
 
 
@@ -32,6 +33,7 @@ class SelectionPlan:
     select_tile: int
     stages: int
     num_warps: int
+    early_launch: bool
     sets_in_group: int
     heads_JG: torch.Tensor
     set_slot_JG: torch.Tensor
@@ -44,16 +46,25 @@ class SelectionPlan:
     counters: torch.Tensor
 
 
-def group_sets(key_set_H: Sequence[int], num_sets: int) -> list[int]:
-    """First set of every group, and num_sets: consecutive sets whose heads fill the eight columns of a matrix product."""
+def group_sets(key_set_H: Sequence[int], num_sets: int, sets_a_group: int) -> list[int]:
+    """First set of every group, and num_sets: consecutive sets, at most sets_a_group, whose heads fit eight columns."""
     readers = [list(key_set_H).count(key_set) for key_set in range(num_sets)]
     first_J, heads = [0], 0
     for key_set, count in enumerate(readers):
-        if heads and heads + count > MIN_COLUMNS:
+        if heads and (heads + count > MIN_COLUMNS or key_set - first_J[-1] == sets_a_group):
             first_J.append(key_set)
             heads = 0
         heads += count
     return [*first_J, num_sets]
+
+
+def divide_heads(key_set_H: Sequence[int], num_sets: int, sets_a_group: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Heads of every group [J, G], which of the group's sets each of them reads [J, G], first set of every group."""
+    first_J = group_sets(key_set_H, num_sets, sets_a_group)
+    group_H = [sum(first <= key_set for first in first_J) - 1 for key_set in key_set_H]
+    heads_JG = group_heads(group_H, len(first_J) - 1, at_least=MIN_COLUMNS)
+    set_H = torch.tensor([key_set - first_J[group] for key_set, group in zip(key_set_H, group_H, strict=True)])
+    return heads_JG, torch.where(heads_JG >= 0, set_H[heads_JG.clamp(min=0)], -1), first_J
 
 
 def plan_selection(
@@ -64,11 +75,13 @@ def plan_selection(
     capacity: int,
     device: torch.device | str,
     block_size: int = 64,
+    sets_a_group: int = 6,
     tile_blocks: int = 8,
-    select_tile: int = 2048,
+    select_tile: int | None = None,
     programs_per_processor: int = 1,
-    stages: int = 3,
+    stages: int | None = None,
     num_warps: int = 8,
+    early_launch: bool = False,
 ) -> SelectionPlan:
     """Divide the work of `score_and_select` and allocate its scratch memory.
 
@@ -78,11 +91,14 @@ def plan_selection(
         batch, capacity: largest batch and tokens of a sequence (the grid is sized for them).
         device: where the keys live.
         block_size: keys a block.
-        tile_blocks, select_tile, programs_per_processor, stages, num_warps: work division, see benchmarks/decode.md.
+        sets_a_group, tile_blocks, select_tile, programs_per_processor, stages, num_warps: work division, benchmarks/decode.md.
+        early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
 
     Raises ValueError for a set without reader or out of range, and beyond 2^21 tokens.
     """
     device = torch.device(device)
+    N = max(1, -(-capacity // block_size))
+    select_tile = select_tile or max(256, min(MAX_TOKENS // (2 * MAX_PARTS) // block_size, next_power_of_2(N)))
     if sorted(set(key_set_H)) != list(range(num_sets)):
         raise ValueError(f"plan_selection: key_set {list(key_set_H)} must name every set of 0 ... {num_sets - 1}")
     if capacity > MAX_TOKENS or select_tile * block_size > MAX_TOKENS // (2 * MAX_PARTS):
@@ -91,14 +107,14 @@ def plan_selection(
             f"the fixed-point sums hold {MAX_TOKENS} tokens and {MAX_TOKENS // (2 * MAX_PARTS)} a tile"
         )
     num_processors = num_processors_of(device)
-    H, N = len(key_set_H), max(1, -(-capacity // block_size))
-    first_J = group_sets(key_set_H, num_sets)
-    group_H = [sum(first <= key_set for first in first_J) - 1 for key_set in key_set_H]
-    heads_JG = group_heads(group_H, len(first_J) - 1, at_least=MIN_COLUMNS)
-    set_H = torch.tensor([key_set - first_J[group] for key_set, group in zip(key_set_H, group_H, strict=True)])
-    set_slot_JG = torch.where(heads_JG >= 0, set_H[heads_JG.clamp(min=0)], -1)
+    H = len(key_set_H)
+    heads_JG, set_slot_JG, first_J = divide_heads(key_set_H, num_sets, sets_a_group)
     groups = batch * (len(first_J) - 1)
-    chunks = min(MAX_CHUNKS, -(-N // tile_blocks), max(1, num_processors * programs_per_processor // groups))
+    sets_in_group = max(after - first for first, after in pairwise(first_J))
+    programs = num_processors * programs_per_processor
+    # One buffer a stage in shared memory (some compilers do with one fewer).
+    stages = stages or max(1, min(3, STAGE_BYTES // (sets_in_group * tile_blocks * block_size * 32)))
+    chunks = min(MAX_CHUNKS, -(-N // tile_blocks), max(1, programs * sets_in_group // (batch * num_sets)))
     shape = {
         "block_max_BHN": ((batch, H, N), torch.float32),
         "block_sum_BHN": ((batch, H, N), torch.float32),
@@ -119,7 +135,8 @@ def plan_selection(
         select_tile=select_tile,
         stages=stages,
         num_warps=num_warps,
-        sets_in_group=max(after - first for first, after in pairwise(first_J)),
+        early_launch=early_launch,
+        sets_in_group=sets_in_group,
         heads_JG=heads_JG.to(device=device, dtype=torch.int32),
         set_slot_JG=set_slot_JG.to(device=device, dtype=torch.int32),
         first_set_J=torch.tensor(first_J, dtype=torch.int32, device=device),

@@ -2,6 +2,7 @@
 
 # B batch  W slots  H query heads  K kv heads  D head dim
 import torch
+
 from rtpurbo.kernels.local_attention.reference import masked_attention
 from rtpurbo.kernels.sparse_attention import AttendPlan, check_decode_inputs
 

@@ -8,6 +8,7 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
 
@@ -131,6 +132,7 @@ def attend_decode_kernel(
     MERGE_TILE: tl.constexpr,
     MAX_MERGERS: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY_LAUNCH: tl.constexpr,
 ):
     program = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -139,9 +141,12 @@ def attend_decode_kernel(
     slot_G = tl.arange(0, G_PADDED)
     dim_D = tl.arange(0, D_PADDED)
     # All small tables at once: one trip to memory before the cache, not four.
-    tokens = tl.minimum(tl.load(lengths_ptr + batch), slots)
     head_JG = tl.load(heads_ptr + job_J[:, None] * G + slot_G[None, :], mask=real_J[:, None] & (slot_G < G)[None, :], other=-1)
     kv_head_J = tl.load(kv_head_ptr + job_J, mask=real_J, other=0)
+    if EARLY_LAUNCH:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    tokens = tl.minimum(tl.load(lengths_ptr + batch), slots)
     if HAS_IDS:
         blocks_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0)
     else:
@@ -262,5 +267,7 @@ def launch(
         MERGE_TILE=plan.merge_tile,
         MAX_MERGERS=plan.max_mergers,
         STAGES=plan.stages,
+        EARLY_LAUNCH=plan.early_launch,
+        launch_pdl=plan.early_launch,
         num_warps=plan.num_warps,
     )

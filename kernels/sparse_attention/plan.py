@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of
+from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of
+
+STAGE_BYTES = 196 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class AttendPlan:
     stages: int
     num_warps: int
     step_blocks: int
+    early_launch: bool
     heads_JG: torch.Tensor
     kv_head_J: torch.Tensor
     acc_BLGD: torch.Tensor
@@ -46,6 +49,7 @@ def plan_attention(
     stages: int = 3,
     num_warps: int = 4,
     step_blocks: int = 2,
+    early_launch: bool = False,
 ) -> AttendPlan:
     """Divide the work of `attend_selected` (one head a job) or `attend_slots` (the heads of a KV group a job).
 
@@ -55,6 +59,7 @@ def plan_attention(
         batch, head_dim: largest batch; D.
         device: where the cache lives.
         block_size, programs_per_processor, merge_tile, stages, num_warps, step_blocks: work division, see benchmarks/decode.md.
+        early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
 
     Raises ValueError for jobs that are empty, share a head or lack a KV head.
     """
@@ -66,6 +71,10 @@ def plan_attention(
     local_JG = group_heads([job_of[head] for head in heads], len(head_J))
     heads_JG = torch.where(local_JG >= 0, torch.tensor(heads)[local_JG.clamp(min=0)], -1)
     J, G = heads_JG.shape
+    # Wide heads: fewer keys a step, or registers spill. stages - 1 steps of keys and values are in shared memory at once.
+    step_blocks = step_blocks if head_dim <= 128 else 1
+    step_bytes = 4 * step_blocks * block_size * next_power_of_2(head_dim)
+    stages = max(2, min(stages, 1 + STAGE_BYTES // step_bytes))
     num_processors = num_processors_of(device)
     programs = max(1, -(-num_processors * programs_per_processor // batch))
     slots = programs + J
@@ -80,6 +89,7 @@ def plan_attention(
         stages=stages,
         num_warps=num_warps,
         step_blocks=step_blocks,
+        early_launch=early_launch,
         heads_JG=heads_JG.to(device=device, dtype=torch.int32),
         kv_head_J=torch.tensor(list(kv_head_J), dtype=torch.int32, device=device),
         acc_BLGD=torch.empty(batch, slots, G, head_dim, dtype=torch.float32, device=device),
