@@ -149,7 +149,8 @@ def convert(model: str, out: Path, resume: bool, revision: str | None, keep_work
 @_recipe_options
 def calibrate(model: str, work: Path, resume: bool, revision: str | None, **options: Any) -> None:
     """Score the heads of MODEL on needle documents and choose their roles."""
-    from rtpurbo.converter.convert import begin, run_calibration
+    from rtpurbo.converter.conversion import begin
+    from rtpurbo.converter.convert import run_calibration
 
     with _Progress() as report:
         run_calibration(begin(model, work, recipe=_recipe(model, options), resume=resume, revision=revision, report=report))
@@ -159,7 +160,8 @@ def calibrate(model: str, work: Path, resume: bool, revision: str | None, **opti
 @_work
 def train_indexer(work: Path) -> None:
     """Stage 1: align the indexer of a calibrated work folder."""
-    from rtpurbo.converter.convert import reopen, run_indexer
+    from rtpurbo.converter.conversion import reopen
+    from rtpurbo.converter.convert import run_indexer
 
     with _Progress() as report:
         run_indexer(reopen(work, report=report))
@@ -169,7 +171,8 @@ def train_indexer(work: Path) -> None:
 @_work
 def distill(work: Path) -> None:
     """Stage 2: distil the sparse model of a work folder on the original."""
-    from rtpurbo.converter.convert import reopen, run_distillation
+    from rtpurbo.converter.conversion import reopen
+    from rtpurbo.converter.convert import run_distillation
 
     with _Progress() as report:
         run_distillation(reopen(work, report=report))
@@ -180,7 +183,8 @@ def distill(work: Path) -> None:
 @_out
 def package(work: Path, out: Path) -> None:
     """Write the artifact of a finished work folder."""
-    from rtpurbo.converter.convert import reopen, run_package
+    from rtpurbo.converter.conversion import reopen
+    from rtpurbo.converter.convert import run_package
     from rtpurbo.converter.package import refuse_existing
 
     refuse_existing(out)
@@ -341,7 +345,7 @@ def _shown(value: Any) -> str:
 
 
 class _Progress:
-    """Draws a conversion's stages on standard error: bars on a terminal, a line a stage elsewhere. A converter.convert.Reporter."""
+    """Draws a conversion's stages on standard error: bars on a terminal, a line a stage elsewhere. A converter.conversion.Reporter."""
 
     def __enter__(self) -> "_Progress":
         from rich.console import Console

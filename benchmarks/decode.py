@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +23,7 @@ K32, K128, M1 = 1 << 15, 1 << 17, 1 << 20
 WINDOW, SINKS, D, R, BLOCK = 8192, 4, 128, 16, 64
 SCALE = D**-0.5
 # Of the ring all blocks are known beforehand: small steps leave room beside the selection.
-RING_PLAN = {"step_blocks": 1, "stages": 4}
+RING_PLAN: dict[str, Any] = {"step_blocks": 1, "stages": 4}
 # Retrieval heads of the layer (32 query heads, 4 KV groups of 8), the index-key set and the KV head of each.
 LAYOUTS = {
     "A": {"heads": (0, 1, 2, 3, 4), "key_set": (0, 1, 2, 3, 4), "kv": (0, 0, 0, 0, 0)},
@@ -151,8 +152,8 @@ def layer_steps(layout: str, tokens: int, num: int, *, overlap: bool, capacity: 
     """The layer's decode step: score + select, attention over the selection, and beside them the ring of the local heads."""
     facts, jobs = LAYOUTS[layout], local_jobs(layout)
     num_sets, kv_heads, held = max(facts["key_set"]) + 1, max(facts["kv"]) + 1, max(tokens, capacity)
-    select_plan = plan_selection(facts["key_set"], num_sets=num_sets, batch=1, capacity=held, device="cuda", early_launch=early)
-    sparse_plan = plan_attention([(h,) for h in facts["heads"]], facts["kv"], batch=1, head_dim=D, device="cuda", early_launch=early)
+    select_plan = plan_selection(facts["key_set"], num_sets=num_sets, batch=1, capacity=held, device="cuda", early_launch=bool(early))
+    sparse_plan = plan_attention([(h,) for h in facts["heads"]], facts["kv"], batch=1, head_dim=D, device="cuda", early_launch=bool(early))
     local_plan = plan_attention([h for _, h in jobs], [kv for kv, _ in jobs], batch=1, head_dim=D, device="cuda", **RING_PLAN)
     lengths, side = lengths_of(1, tokens), torch.cuda.Stream()
     q = torch.randn(1, 32, D, device="cuda", dtype=torch.bfloat16)

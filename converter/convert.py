@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,79 +12,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import rtpurbo
-from rtpurbo.converter import catalog, checkpoint
+from rtpurbo.converter import checkpoint
 from rtpurbo.converter.align import align
 from rtpurbo.converter.attention import IMPLEMENTATION, SparseSpec
 from rtpurbo.converter.calibrate import Calibration, calibrate, choose_roles, rank_stability
-from rtpurbo.converter.checkpoint import Checkpoint, load_model, load_rotary, open_checkpoint
-from rtpurbo.converter.data import STAGE1_DATA, STAGE2_DATA, DataSource, Document, load_documents
+from rtpurbo.converter.checkpoint import Checkpoint, load_model, load_rotary
+from rtpurbo.converter.conversion import ROLES_NAME, Conversion, Reporter, begin
+from rtpurbo.converter.data import Document
 from rtpurbo.converter.distill import cache_teacher, distill
 from rtpurbo.converter.evaluate import evaluate_indexers, evaluate_model, routing_agreement, routing_choices
 from rtpurbo.converter.indexer import index_scale, initial_indexer, mean_rotation, random_indexer
 from rtpurbo.converter.needle import NeedleDocument, NeedleQuestion, calibration_documents, needle_questions
 from rtpurbo.converter.package import refuse_existing, write_artifact
 from rtpurbo.converter.recipe import RECIPE_NAME, Recipe
-from rtpurbo.converter.work import WorkFolder, binding_digest, readable
+from rtpurbo.converter.work import binding_digest, readable
 from rtpurbo.manifests import architectures
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, file_digest, roles_from_heads
 
 _INDEXER = "indexer.safetensors"
 _STUDENT = "student.safetensors"
-_ROLES = "roles.json"
-
-
-class Reporter:
-    """Hears what a conversion does; the command line draws it, a library user may ignore it."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of `total` units begins."""
-
-    def advance(self, facts: Mapping[str, Any]) -> None:
-        """One unit of the stage is done."""
-
-    def note(self, text: str) -> None:
-        """A fact worth a line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What all steps need: the opened checkpoint (RoPE scaling applied), its tokenizer, the recipe and the work folder."""
-
-    source: Checkpoint
-    tokenizer: Any
-    recipe: Recipe
-    work: WorkFolder
-    device: str
-    report: Reporter
-    inputs: str
-    is_new: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Compute dtype of frozen passes and of autocast."""
-        return getattr(torch, self.recipe.dtype)
-
-    def roles(self) -> Manifest:
-        """The manifest of the calibrated roles; ValueError when calibration has not finished."""
-        path = self.work.path(_ROLES)
-        if not path.exists():
-            raise ValueError(f"{self.work.folder}: calibration has not finished ({_ROLES} is missing); run `rtpurbo calibrate` first")
-        return Manifest.load(path)
-
-    def documents(self, stage: str, split: str, count: int, shortest: int, longest: int, *, at_least: int | None = None) -> list[Document]:
-        """Documents of the stage's data source with `answer_tokens` marked."""
-        spec = getattr(self.recipe, f"{stage}_data") or (STAGE1_DATA if stage == "indexer" else STAGE2_DATA)
-        return load_documents(
-            DataSource.parse(spec),
-            self.tokenizer,
-            min_tokens=shortest,
-            max_tokens=longest,
-            count=count,
-            seed=self.recipe.seed,
-            answer_tokens=min(self.recipe.answer_tokens, shortest - 1),
-            split=split,  # type: ignore[arg-type]
-            at_least=at_least,
-        )
 
 
 def convert(
@@ -131,59 +76,9 @@ def work_folder(out: Path) -> Path:
     return out.with_name(out.name + ".work")
 
 
-def begin(
-    model: str,
-    folder: Path,
-    *,
-    recipe: Recipe | None = None,
-    resume: bool = False,
-    revision: str | None = None,
-    report: Reporter | None = None,
-) -> Conversion:
-    """Open model and work folder. Nothing is left behind when this fails on a folder that it created."""
-    report = Reporter() if report is None else report
-    resolved = catalog.resolve_model(model)
-    if resolved.substituted:
-        report.note(resolved.substituted)
-    if recipe is None:
-        recipe = Recipe.preset_named("demo" if resolved.kind == "demo" else "paper")
-    device = _device(recipe.device)
-    existed, work = folder.exists(), WorkFolder(folder)
-    try:
-        work = WorkFolder.open(folder, recipe, model, revision, resume=resume)
-        source = open_checkpoint(model, work=folder, revision=revision)
-        if recipe.rope_scaling:
-            source = dataclasses.replace(source, config=checkpoint.config_with_rope_scaling(source.config, recipe.rope_scaling))
-        _check_recipe(recipe, source)
-        if source.revision is None:
-            report.stage("digest of the weights", 1)
-            source = dataclasses.replace(source, revision=_weights_digest(source))
-            report.advance({})
-        tokenizer = _tokenizer(source.folder)
-        inputs = binding_digest(source.id, source.revision, checkpoint.config_digest(source.config))
-        if (found := work.read("inputs.json")) is None:
-            work.write("inputs.json", {"digest": inputs})
-        elif found["digest"] != inputs:
-            raise ValueError(f"{folder}: was begun with other weights of {source.id!r}; remove it to start again")
-    except BaseException:
-        if not existed and folder.exists():
-            work.remove()
-        raise
-    parts: dict[str, Any] = {"source": source, "tokenizer": tokenizer, "recipe": recipe, "work": work}
-    return Conversion(**parts, device=device, report=report, inputs=inputs, is_new=not existed)
-
-
-def reopen(folder: Path, *, report: Reporter | None = None) -> Conversion:
-    """Open the work folder of a conversion that was begun, with the model and recipe that it records."""
-    work = WorkFolder.existing(folder)
-    recipe = Recipe.from_toml(work.path(RECIPE_NAME))
-    record = work.read("conversion.json")
-    return begin(record["model"], folder, recipe=recipe, resume=True, revision=record["revision"], report=report)
-
-
 def run_calibration(c: Conversion) -> Manifest:
     """Needle scores and roles; writes calibration.safetensors and the manifest of the roles. Source: METHOD section 1."""
-    if c.work.path(_ROLES).exists():
+    if c.work.path(ROLES_NAME).exists():
         return c.roles()
     try:
         documents = _needle_documents(c)
@@ -196,7 +91,7 @@ def run_calibration(c: Conversion) -> Manifest:
     result = calibrate(c.source, documents, dtype=c.dtype, device=c.device, on_layer=lambda i: c.report.advance({"layer": i}))
     result.save(c.work.path("calibration.safetensors"))
     manifest = _manifest(c, result, documents)
-    manifest.save(c.work.path(_ROLES))
+    manifest.save(c.work.path(ROLES_NAME))
     stability = manifest.calibration["rank_stability"]
     c.report.note(
         f"{manifest.num_retrieval_heads} retrieval heads in {manifest.num_retained_groups} KV groups; documents agree on "
@@ -215,7 +110,7 @@ def run_indexer(c: Conversion) -> None:
     limit = max(r.sliding_window + 1, r.indexer_max_tokens)
     rotation = mean_rotation(rotary, manifest.model.head_dim, min(r.sliding_window, limit - 1), limit, c.device)
     calibration_path = c.work.path("calibration.safetensors")
-    with readable(calibration_path, f"calibrate again, and {_ROLES} with it"):
+    with readable(calibration_path, f"calibrate again, and {ROLES_NAME} with it"):
         calibration = Calibration.load(calibration_path)
     initial = initial_indexer(calibration, spec.retrieval_heads, spec.key_sets, rotation, r.index_dim)
     documents = c.documents("indexer", "train", max(1, r.indexer_steps), r.indexer_min_tokens, r.indexer_max_tokens, at_least=1)
@@ -417,49 +312,10 @@ def _manifest(c: Conversion, calibration: Calibration, documents: list[Any]) -> 
     )
 
 
-def _check_recipe(recipe: Recipe, source: Checkpoint) -> None:
-    head_dim, positions = architectures.head_dim_of(source.config), source.config["max_position_embeddings"]
-    if recipe.index_dim > head_dim:
-        raise ValueError(f"index_dim is {recipe.index_dim}, wanted at most the model's head_dim {head_dim}")
-    for name in ("calibration_tokens", "indexer_max_tokens", "distill_max_tokens", "evaluation_tokens"):
-        if (value := getattr(recipe, name)) > positions:
-            raise ValueError(
-                f"{name} is {value}, but {source.id} has max_position_embeddings {positions}: lower it, or stretch the model with "
-                f"--rope-scaling yarn:{-(-value // positions)}"
-            )
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    # For some model types transformers makes a tokenizer without any token when there is no file of one.
-    if checkpoint.tokenizer_digest(folder) is None:
-        raise ValueError(f"{folder}: has no tokenizer, wanted tokenizer.json, tokenizer.model, or vocab.json and merges.txt")
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"{folder}: has no tokenizer that transformers can load ({str(error).splitlines()[0][:200]})") from error
-
-
 def _indexer(c: Conversion) -> dict[str, torch.Tensor]:
     path = c.work.path(_INDEXER)
     with readable(path, "align again, and indexer.json with it"):
         return load_file(path)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0][:120]})") from error
-    return name
-
-
-def _weights_digest(source: Checkpoint) -> str:
-    files = sorted({info.file for info in source.tensors.values()})
-    return "sha256:" + binding_digest([file_digest(Path(file)).sha256 for file in files])
 
 
 def _source_dtype(source: Checkpoint) -> torch.dtype:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from rtpurbo.manifests.architectures import (
     ARCHITECTURES,
     PreRopeTap,
@@ -13,7 +15,6 @@ from rtpurbo.manifests.architectures import (
     num_experts_of,
     rope_type_of,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
 
 TINY = {
     "hidden_size": 48,

@@ -94,7 +94,8 @@ def test_equal_runs_give_equal_digests_and_the_seed_changes_them(tiny_model, tin
 
 
 def test_steps_alone_give_what_convert_gives(tiny_model, tiny_recipe, tmp_path):
-    from rtpurbo.converter.convert import begin, reopen, run_calibration, run_distillation, run_indexer, run_package
+    from rtpurbo.converter.conversion import begin, reopen
+    from rtpurbo.converter.convert import run_calibration, run_distillation, run_indexer, run_package
 
     source, work = str(tiny_model("llama")), tmp_path / "steps"
     run_calibration(begin(source, work, recipe=tiny_recipe()))

@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from rtpurbo.manifests.architectures import num_experts_of
 from rtpurbo.manifests.assumptions import count_roles
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, roles_from_heads
 from rtpurbo.manifests.parameters import count_parameters, shape_of
 from rtpurbo.manifests.plan import Plan, PlanOptions, plan
 from rtpurbo.manifests.stages import dense_pairs, local_pairs
-from transformers import AutoConfig, AutoModelForCausalLM
 
 QWEN3_CODER_30B = {
     "model_type": "qwen3_moe",

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 from rich.console import Console
+
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, roles_from_heads
 from rtpurbo.manifests.report import describe, format_bytes, format_seconds, plot, render, role_string
 

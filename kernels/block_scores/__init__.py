@@ -2,6 +2,7 @@
 
 # B batch  T query tokens  S cached tokens  H retrieval query heads  I index-key sets  R index dim  N blocks
 import torch
+
 from rtpurbo.kernels.block_scores import reference
 
 __all__ = ["block_scores"]

@@ -49,9 +49,7 @@ def attend_local(
     visible_BTS &= (offset_T < counts_B.long()[:, None])[:, :, None]
     # An empty slot may hold anything, NaN included: it must not reach the sum even with weight zero.
     empty = (key_position < 0)[:, :, None, None]
-    return masked_attention(
-        q_BTHD, keys.masked_fill(empty, 0), values.masked_fill(empty, 0), visible_BTS[:, None], scale, group_size
-    )
+    return masked_attention(q_BTHD, keys.masked_fill(empty, 0), values.masked_fill(empty, 0), visible_BTS[:, None], scale, group_size)
 
 
 def masked_attention(
