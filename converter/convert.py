@@ -30,7 +30,9 @@ from rtpurbo.manifests import architectures
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, file_digest, roles_from_heads
 
 _INDEXER = "indexer.safetensors"
+_FINAL_INDEXER = "indexer-final.safetensors"
 _STUDENT = "student.safetensors"
+_LOGS = ("indexer.jsonl", "distill.jsonl", "realign.jsonl")
 
 
 def convert(
@@ -142,7 +144,9 @@ def run_distillation(c: Conversion) -> None:
     )
     heldout = c.documents("distill", "heldout", r.evaluation_documents, r.evaluation_tokens, r.evaluation_tokens)
     questions = _questions(c, heldout)
-    model = load_model(c.source, dtype=_source_dtype(c.source), device=c.device, attn_implementation=IMPLEMENTATION)
+    # Autocast needs the stored precision at least; without it everything is computed in fp32.
+    dtype = torch.float32 if c.dtype == torch.float32 else _source_dtype(c.source)
+    model = load_model(c.source, dtype=dtype, device=c.device, attn_implementation=IMPLEMENTATION)
     teachers = {"train": documents, "heldout": heldout}
     c.report.stage("teacher logits", len(documents) + len(heldout))
     for name, docs in teachers.items():
@@ -182,12 +186,15 @@ def run_distillation(c: Conversion) -> None:
         inputs=binding_digest(c.inputs, file_digest(c.work.path(_INDEXER)).sha256),
         on_step=c.report.advance,
     )
+    if r.realign_steps:
+        indexer = _realign(c, model, spec, indexer)
     c.report.stage("evaluate after stage 2", 2)
     result = {**before, "sparse_after": measure(spec), "full_after": measure(None)}
     kept = evaluate_indexers(model, c.source.architecture, spec, {"trained": indexer}, heldout)
     if teacher_routing:
         sparse_routing = routing_choices(model, c.source.architecture, spec, indexer, heldout, c.dtype)
         result["sparse_after"]["routing_agreement"] = routing_agreement(teacher_routing, sparse_routing)
+    _save_tensors(c.work.path(_FINAL_INDEXER), indexer)
     _save_tensors(c.work.path(_STUDENT), {name: tensor.to("cpu", c.source.tensors[name].dtype) for name, tensor in student.items()})
     c.work.write("distillation.json", {"model": result, "indexer_after_distillation": kept})
     c.report.note("; ".join(f"{name}: {_facts(result[name])}" for name in ("full", "sparse_before", "sparse_after")))
@@ -207,12 +214,16 @@ def run_package(c: Conversion, out: Path) -> Manifest:
     student = c.work.path(_STUDENT)
     with readable(student, "distil again, and distillation.json with it"), safe_open(student, framework="pt") as file:
         readers: dict[str, Callable[[], torch.Tensor]] = {name: (lambda n=name: file.get_tensor(n)) for name in file.keys()}  # noqa: SIM118
-        logs = {name: c.work.path(name).read_bytes() for name in ("indexer.jsonl", "distill.jsonl") if c.work.path(name).exists()}
+        logs = {
+            name: c.work.path(name).read_bytes()
+            for name in ("indexer.jsonl", "distill.jsonl", "realign.jsonl")
+            if c.work.path(name).exists()
+        }
         manifest = write_artifact(
             out,
             c.source,
             dataclasses.replace(c.roles(), metrics=summary),
-            indexer=_indexer(c),
+            indexer=_indexer(c, _FINAL_INDEXER),
             student=readers,
             recipe_toml=c.work.path(RECIPE_NAME).read_text(encoding="utf-8"),
             metrics=metrics,
@@ -312,10 +323,24 @@ def _manifest(c: Conversion, calibration: Calibration, documents: list[Any]) -> 
     )
 
 
-def _indexer(c: Conversion) -> dict[str, torch.Tensor]:
-    path = c.work.path(_INDEXER)
-    with readable(path, "align again, and indexer.json with it"):
+def _indexer(c: Conversion, name: str = _INDEXER) -> dict[str, torch.Tensor]:
+    path = c.work.path(name)
+    stage = "align again, and indexer.json" if name == _INDEXER else "distil again, and distillation.json"
+    with readable(path, f"{stage} with it"):
         return load_file(path)
+
+
+def _realign(c: Conversion, model: Any, spec: SparseSpec, indexer: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A short second stage 1 on the distilled weights, whose queries and keys have moved away from those the indexer was trained on."""
+    short = dataclasses.replace(
+        c.recipe, indexer_steps=c.recipe.realign_steps, indexer_warmup=min(c.recipe.indexer_warmup, c.recipe.realign_steps // 2)
+    )
+    count, r = max(1, short.indexer_steps), short
+    documents = c.documents("indexer", "train", count, r.indexer_min_tokens, r.indexer_max_tokens, at_least=1)
+    c.report.stage("re-alignment", short.indexer_steps)
+    inputs = binding_digest(c.inputs, "distilled")
+    architecture, report = c.source.architecture, c.report.advance
+    return align(model, architecture, spec, indexer, documents, short, c.work, stage="realign", inputs=inputs, on_step=report)
 
 
 def _source_dtype(source: Checkpoint) -> torch.dtype:

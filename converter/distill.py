@@ -172,23 +172,25 @@ def _recompute_activations(model: Any, on: bool) -> None:
 
 @contextmanager
 def trainable_weights(model: Any, recipe: Recipe) -> Iterator[dict[str, torch.nn.Parameter]]:
-    """Freeze everything but what `recipe.train` names and hand it out in fp32; LoRA factors are merged at the end.
+    """Freeze everything but what `recipe.train` names and hand it out in fp32; at the end the weights take the model's dtype again.
 
     all: every weight but routers and experts. attention: projections and q/k norms. lora: rank `lora_rank` factors on the
-    projections (peft), scaled by alpha = 2 * rank.
+    projections (peft), scaled by alpha = 2 * rank, merged at the end.
     """
     model.requires_grad_(False)
     if recipe.train == "lora":
         yield from _lora(model, recipe)
         return
-    names = student_names(model, recipe)
+    dtypes = {name: model.get_parameter(name).dtype for name in student_names(model, recipe)}
     parameters = {}
-    for name in names:
+    for name in dtypes:
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.float()
         parameters[name] = parameter.requires_grad_()
     yield parameters
     model.requires_grad_(False)
+    for name, dtype in dtypes.items():
+        parameters[name].data = parameters[name].data.to(dtype)
 
 
 def student_names(model: Any, recipe: Recipe) -> list[str]:

@@ -31,7 +31,7 @@ def evaluate_indexers(
 
     kl, kl_without_sinks: KL(attention || indexer), nats; mass_5_percent(_without_sinks): true attention mass on the 5 % of tokens
     that the indexer ranks first; top_p_mass, top_p_tokens: true mass kept, and share of tokens read, by the real block selection.
-    Each is a mean over rows, documents and heads; `heads` lists "layer.head" -> [kl, mass_5_percent, top_p_mass, top_p_tokens].
+    Each is a mean over rows, documents and heads; `heads` lists the six in this order for each "layer.head".
     """
     device = next(model.parameters()).device
     moved = {name: {k: v.to(device) for k, v in indexer.items()} for name, indexer in indexers.items()}
@@ -109,8 +109,7 @@ def _summary(by_head: Mapping[str, list[list[float]]]) -> dict[str, Any]:
         return {}
     mean = torch.stack(list(per_head.values())).mean(dim=0)
     summary: dict[str, Any] = {name: round(value, 5) for name, value in zip(_MEASURES, mean.tolist(), strict=True)}
-    kept = [_MEASURES.index(name) for name in ("kl", "mass_5_percent", "top_p_mass", "top_p_tokens")]
-    summary["heads"] = {head: [round(values[i].item(), 5) for i in kept] for head, values in per_head.items()}
+    summary["heads"] = {head: [round(value, 5) for value in values.tolist()] for head, values in per_head.items()}
     return summary
 
 

@@ -25,7 +25,7 @@ class Recipe:
     device: str = "auto"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
-    # Roles. `group` picks whole KV groups, the only choice that saves memory; see docs/method.md for the comparison.
+    # Roles. `group` picks whole KV groups, the only choice that saves memory; see docs/method.md.
     granularity: Literal["head", "group"] = "group"
     group_threshold: float = 0.0
     retrieval_ratio: float = 0.15
@@ -66,6 +66,8 @@ class Recipe:
     train: Literal["all", "attention", "lora"] = "all"
     lora_rank: int = 16
     teacher_top_k: int = 10
+
+    realign_steps: int = 0
 
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
@@ -197,6 +199,7 @@ HELP: dict[str, str] = {
     "train": "Weights that stage 2 changes; routers and experts never.",
     "lora_rank": "Rank with --train lora.",
     "teacher_top_k": "Teacher logits kept per answer token.",
+    "realign_steps": "Steps of a second, short stage 1 on the distilled weights (0: none).",
     "weight_decay": "AdamW weight decay of both stages.",
     "gradient_clip": "Gradient norm limit of both stages.",
     "checkpoint_every": "Steps between saved states.",
@@ -233,6 +236,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("distill_warmup", 0, 10**6),
     ("lora_rank", 1, 1024),
     ("teacher_top_k", 1, 1024),
+    ("realign_steps", 0, 10**6),
     ("weight_decay", 0, 1),
     ("gradient_clip", 1e-6, 1e6),
     ("checkpoint_every", 1, 10**6),

@@ -44,6 +44,7 @@ def test_every_family_is_converted_and_generates(family, tiny_model, tiny_recipe
         {"distill_steps": 0},
         {"indexer_steps": 0},
         {"group_threshold": 0.5},
+        {"realign_steps": 2},
     ],
     ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
 )
@@ -52,6 +53,16 @@ def test_every_option_that_changes_the_model_gives_an_artifact_that_verifies(cha
 
     out = rtpurbo.convert(str(tiny_model("qwen3")), tmp_path / "out", recipe=tiny_recipe(**changes))
     verify(out, num_tokens=96)
+
+
+@pytest.mark.parametrize("train", ["all", "attention", "lora"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_bfloat16_checkpoint_stays_one(train, dtype, tiny_model, tiny_recipe, tmp_path):
+    source = tiny_model("qwen3_moe", dtype="bfloat16")
+    out = rtpurbo.convert(str(source), tmp_path / "out", recipe=tiny_recipe(train=train, dtype=dtype))
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in before.items()}
+    assert any(not torch.equal(after[name], before[name]) for name in before if "o_proj" in name)
 
 
 def test_training_changes_only_the_weights_that_train_names(tiny_model, tiny_recipe, tmp_path):
