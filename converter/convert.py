@@ -214,11 +214,7 @@ def run_package(c: Conversion, out: Path) -> Manifest:
     student = c.work.path(_STUDENT)
     with readable(student, "distil again, and distillation.json with it"), safe_open(student, framework="pt") as file:
         readers: dict[str, Callable[[], torch.Tensor]] = {name: (lambda n=name: file.get_tensor(n)) for name in file.keys()}  # noqa: SIM118
-        logs = {
-            name: c.work.path(name).read_bytes()
-            for name in ("indexer.jsonl", "distill.jsonl", "realign.jsonl")
-            if c.work.path(name).exists()
-        }
+        logs = {path.name: path.read_bytes() for path in map(c.work.path, _LOGS) if path.exists()}
         manifest = write_artifact(
             out,
             c.source,

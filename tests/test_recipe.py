@@ -48,6 +48,7 @@ CHANGED = {
     "train": "lora",
     "lora_rank": 4,
     "teacher_top_k": 5,
+    "realign_steps": 7,
     "weight_decay": 0.0,
     "gradient_clip": 0.5,
     "checkpoint_every": 11,
