@@ -111,6 +111,8 @@ def _serve() -> None:
     import rtpurbo.converter.hub
     import rtpurbo.runtime.verify  # noqa: F401
 
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for line in sys.stdin:
         request = json.loads(line)
         if (child := os.fork()) == 0:
