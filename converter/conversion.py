@@ -70,13 +70,16 @@ class Conversion:
             raise ValueError(f"{self.work.folder}: calibration has not finished ({ROLES_NAME} is missing); run `rtpurbo calibrate` first")
         return Manifest.load(path)
 
+    def data_source(self, stage: str) -> DataSource:
+        """Where a stage ("indexer" or "distill") reads its text."""
+        return DataSource.parse(getattr(self.recipe, f"{stage}_data") or (STAGE1_DATA if stage == "indexer" else STAGE2_DATA))
+
     def documents(
         self, stage: str, split: Literal["train", "heldout"], count: int, shortest: int, longest: int, *, at_least: int | None = None
     ) -> list[Document]:
         """Documents of the stage's data source with `answer_tokens` marked."""
-        spec = getattr(self.recipe, f"{stage}_data") or (STAGE1_DATA if stage == "indexer" else STAGE2_DATA)
         return load_documents(
-            DataSource.parse(spec),
+            self.data_source(stage),
             self.tokenizer,
             min_tokens=shortest,
             max_tokens=longest,

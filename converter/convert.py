@@ -18,7 +18,7 @@ from rtpurbo.converter.attention import IMPLEMENTATION, SparseSpec
 from rtpurbo.converter.calibrate import Calibration, calibrate, choose_roles, rank_stability
 from rtpurbo.converter.checkpoint import Checkpoint, load_model, load_rotary
 from rtpurbo.converter.conversion import ROLES_NAME, Conversion, Reporter, begin
-from rtpurbo.converter.data import Document
+from rtpurbo.converter.data import Document, data_digest
 from rtpurbo.converter.distill import cache_teacher, distill
 from rtpurbo.converter.evaluate import evaluate_indexers, evaluate_model, routing_agreement, routing_choices
 from rtpurbo.converter.indexer import index_scale, initial_indexer, mean_rotation, random_indexer
@@ -123,6 +123,7 @@ def run_indexer(c: Conversion) -> None:
     indexers = {"random": random_indexer(manifest.index_shapes(), r.seed), "initial": initial, "trained": trained}
     result = evaluate_indexers(model, c.source.architecture, spec, indexers, heldout)
     _save_tensors(c.work.path(_INDEXER), trained)
+    c.work.write("indexer-data.json", {"train": data_digest(documents), "heldout": data_digest(heldout)})
     c.work.write("indexer.json", result)
     if trained:
         c.report.note(
@@ -196,7 +197,9 @@ def run_distillation(c: Conversion) -> None:
         result["sparse_after"]["routing_agreement"] = routing_agreement(teacher_routing, sparse_routing)
     _save_tensors(c.work.path(_FINAL_INDEXER), indexer)
     _save_tensors(c.work.path(_STUDENT), {name: tensor.to("cpu", c.source.tensors[name].dtype) for name, tensor in student.items()})
-    c.work.write("distillation.json", {"model": result, "indexer_after_distillation": kept})
+    digests = {"train": data_digest(documents), "heldout": data_digest(heldout)}
+    data = {"indexer": c.work.read("indexer-data.json"), "distill": digests}
+    c.work.write("distillation.json", {"model": result, "indexer_after_distillation": kept, "data": data})
     c.report.note("; ".join(f"{name}: {_facts(result[name])}" for name in ("full", "sparse_before", "sparse_after")))
 
 
@@ -314,7 +317,8 @@ def _manifest(c: Conversion, calibration: Calibration, documents: list[Any]) -> 
             "documents": [{"tokens": len(d.token_ids), "earlier": d.earlier, "later": d.later, "needle": d.needle} for d in documents],
             "rank_stability": rank_stability(calibration.scores_NLH, num_top),
         },
-        recipe=r.provenance(),
+        # By name, never by path; metrics.json has the digest of every document set.
+        recipe={**r.provenance(), **{f"{stage}_data": c.data_source(stage).name for stage in ("indexer", "distill")}},
         libraries={module.__name__: module.__version__ for module in (rtpurbo, safetensors, torch, transformers)},
     )
 

@@ -21,6 +21,9 @@ def test_every_family_is_converted_and_generates(family, tiny_model, tiny_recipe
     assert manifest.num_retained_groups == round(0.34 * 3 * 2)
     assert set(load_file(out / "indexer.safetensors")) == set(manifest.index_shapes())
     assert manifest.metrics["model"]["full"]["distillation_loss"] < 1e-3
+    assert manifest.recipe["indexer_data"] == manifest.recipe["distill_data"] == "python-docs"
+    data = json.loads((out / "metrics.json").read_text())["data"]
+    assert all(len(data[stage][split]) == 64 for stage in ("indexer", "distill") for split in ("train", "heldout"))
     steps = [json.loads(line) for line in (out / "distill.jsonl").read_text().splitlines()]
     assert [record["step"] for record in steps] == [0, 1, 2]
     assert not (tmp_path / "out.work").exists()
