@@ -81,8 +81,8 @@ def masked_attention(
 ) -> torch.Tensor:
     """softmax over the visible keys of scale * q . k, times v; every row sees at least one key. Returns [B, H, T, D].
 
-    Written out and checkpointed, because the memory-efficient SDPA kernel reads out of bounds in its backward pass with masks whose
-    rows are not aligned (seen with torch 2.11 on sm_90). Nothing of size T x S survives the forward pass.
+    Written out and checkpointed: with masked SDPA the backward pass ended in an illegal memory access (torch 2.11, sm_90), without it
+    the same run passes; row lengths that are not aligned are the likely cause. Nothing of size T x S survives the forward pass.
     """
     return checkpoint(_masked_attention, q_BHTD, k_BHSD, v_BHSD, visible_TS, scale, use_reentrant=False)
 
