@@ -55,10 +55,10 @@ def run_batch(runtime: "Runtime", request: Request, prefill_chunk: int, on_text:
     state = runtime.start(len(indices), longest + request.max_new_tokens, request.dense)
     ids_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
     mask_BT = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
-    sampler, eos = Sampler(request.options, indices), runtime.eos_token_ids
+    sampler, eos = Sampler(request.options, indices, runtime.device), runtime.eos_token_ids
     sequences = [_Sequence(index=i, stream=TextStream(runtime.tokenizer, request.stop)) for i in indices]
     began = time.perf_counter()
-    picked = sampler.pick(runtime.prefill(state, ids_BT, mask_BT, chunk=prefill_chunk), [True] * len(indices))
+    picked = sampler.pick(runtime.prefill(state, ids_BT, mask_BT, chunk=prefill_chunk)).tolist()
     decode_began, steps = time.perf_counter(), 0
     while True:
         for sequence, token in zip(sequences, picked, strict=True):
@@ -67,7 +67,7 @@ def run_batch(runtime: "Runtime", request: Request, prefill_chunk: int, on_text:
         active = [sequence.reason is None for sequence in sequences]
         if not any(active):
             break
-        picked = sampler.pick(runtime.decode(state, torch.tensor(picked), active), active)
+        picked = sampler.pick(runtime.decode(state, torch.tensor(picked), active)).tolist()
         steps += 1
     ended = time.perf_counter()
     return {

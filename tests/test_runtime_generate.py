@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.runtime.engine import Runtime
 from rtpurbo.runtime.loader import load
-from rtpurbo.runtime.sampling import Sampler, SamplingOptions, draw, probabilities
 from rtpurbo.runtime.text import TextStream
 
 EOS = "<eos>"
@@ -169,28 +168,6 @@ def test_sampling_depends_on_the_seed_and_on_nothing_else(runtime: Runtime) -> N
     assert tokens(7, PROMPTS[:1]) == first[:1]
     same = tokens(7, [PROMPTS[0]] * 2)
     assert same[0] != same[1]
-
-
-def test_temperature_top_k_and_top_p_restrict_the_distribution() -> None:
-    logits = torch.tensor([[0.1, 0.5, 0.2, 0.2]]).log()
-    assert probabilities(logits, SamplingOptions(temperature=1.0))[0].tolist() == pytest.approx([0.1, 0.5, 0.2, 0.2])
-    assert probabilities(logits, SamplingOptions(temperature=1.0, top_k=2))[0].tolist() == pytest.approx([0, 5 / 7, 2 / 7, 0])
-    assert probabilities(logits, SamplingOptions(temperature=1.0, top_p=0.6))[0].tolist() == pytest.approx([0, 5 / 7, 2 / 7, 0])
-    assert probabilities(logits, SamplingOptions(temperature=1.0, top_p=0.01))[0].tolist() == [0, 1, 0, 0]
-    assert probabilities(logits, SamplingOptions(temperature=0.5))[0].tolist() == pytest.approx([1 / 34, 25 / 34, 4 / 34, 4 / 34])
-    assert probabilities(logits, SamplingOptions(temperature=1e-300))[0].tolist() == [0, 1, 0, 0]
-
-
-def test_draws_follow_the_distribution_and_avoid_impossible_tokens() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weights = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0], dtype=torch.float64)
-    counts = torch.bincount(torch.tensor([draw(weights, generator) for _ in range(4000)]), minlength=5)
-    assert counts[[0, 2, 4]].tolist() == [0, 0, 0]
-    assert abs(int(counts[1]) - 1000) < 120
-
-
-def test_a_greedy_sampler_ignores_inactive_rows() -> None:
-    assert Sampler(SamplingOptions(), [0, 1]).pick(torch.tensor([[0.0, 1.0], [0.0, 2.0]]), [True, False]) == [1, 0]
 
 
 def test_chat_wraps_each_prompt_in_the_tokenizers_template(runtime: Runtime) -> None:
