@@ -1,14 +1,9 @@
 """Fused selection and decode attention in Triton against their definitions; on a CPU through Triton's interpreter."""
 
 # B batch  S cached tokens  H query heads  I index-key sets  K kv heads  D head dim  R index dim  N blocks
-import io
-import os
-import struct
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter_process import interpreting, serve
 
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import mask_to_ids, plan_selection, score_and_select, select_blocks
@@ -62,35 +57,10 @@ def run_attend(request, device="cpu"):
 OPERATIONS = {"select": run_select, "attend": run_attend}
 
 
-def read_message(stream):
-    header = stream.read(8)
-    return torch.load(io.BytesIO(stream.read(struct.unpack("<q", header)[0])), weights_only=True) if header else None
-
-
-def write_message(stream, message):
-    buffer = io.BytesIO()
-    torch.save(message, buffer)
-    stream.write(struct.pack("<q", buffer.tell()) + buffer.getvalue())
-    stream.flush()
-
-
 @pytest.fixture(scope="module")
 def interpreted():
-    """Runs an operation in a process of its own: Triton reads TRITON_INTERPRET when a kernel is decorated."""
-    worker = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
-
-    def call(operation, request):
-        write_message(worker.stdin, {"operation": operation, "request": request})
-        answer = read_message(worker.stdout)
-        assert answer is not None, "the interpreting process ended: see its traceback"
-        return answer
-
-    yield call
-    assert worker.stdin is not None
-    worker.stdin.close()
-    worker.wait(timeout=60)
+    with interpreting(__file__) as call:
+        yield call
 
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -438,13 +408,5 @@ def check_attention_on_gpu(tokens):
     return errors
 
 
-def serve():
-    """The interpreting process: requests on stdin, answers on stdout."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    while (message := read_message(sys.stdin.buffer)) is not None:
-        write_message(answers, OPERATIONS[message["operation"]](message["request"]))
-
-
 if __name__ == "__main__":
-    serve()
+    serve(OPERATIONS)

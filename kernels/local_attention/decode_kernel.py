@@ -1,6 +1,6 @@
-"""attend_slots: decode attention of one token over the filled slots of a cache (the ring of local heads, or a dense cache)."""
+"""Decode attention of local heads: over the filled slots of a ring (attend_slots), or the window of a full cache (attend_window)."""
 
-# B batch  W slots  H query heads  K kv heads  D head dim
+# B batch  W slots  S cached tokens  H query heads  K kv heads  D head dim
 import torch
 
 from rtpurbo.kernels.local_attention.reference import masked_attention
@@ -44,17 +44,67 @@ def attend_slots(
         kernel.launch(plan, q_BHD, k_BWKD, v_BWKD, lengths_B, None, None, scale, written_BHD, written_BH)
         return written_BHD, written_BH
     filled_BW = torch.arange(k_BWKD.shape[1], device=q_BHD.device) < lengths_B[:, None]
-    empty = ~filled_BW[:, :, None, None]
+    attend_visible(q_BHD, k_BWKD, v_BWKD, plan, filled_BW, scale, written_BHD, written_BH)
+    return written_BHD, written_BH
+
+
+def attend_window(
+    q_BHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    *,
+    plan: AttendPlan,
+    lengths_B: torch.Tensor,
+    window: int,
+    sinks: int,
+    scale: float,
+    out_BHD: torch.Tensor | None = None,
+    lse_BH: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax over positions j < length with length - j <= window or j < sinks of scale * q . k, times v.
+
+    For local heads whose KV group keeps its full cache: they read its window in place. Other arguments and results as in
+    `attend_slots`; k_BSKD, v_BSKD: cache by position, of at least the length; rows outside window and sinks are not read.
+
+    Raises ValueError for shapes that do not fit. Source: arXiv 2605.16928 section 3 (window and sinks).
+    """
+    if window < 1 or sinks < 0:
+        raise ValueError(f"attend_window: window {window} must be >= 1 and sinks {sinks} >= 0")
+    written_BHD, written_BH = check_decode_inputs("attend_window", q_BHD, k_BSKD, v_BSKD, plan, lengths_B, out_BHD, lse_BH, impl)
+    if impl == "triton" or (impl == "auto" and q_BHD.is_cuda):
+        from rtpurbo.kernels.sparse_attention import kernel
+
+        kernel.launch(plan, q_BHD, k_BSKD, v_BSKD, lengths_B, None, None, scale, written_BHD, written_BH, window, sinks)
+        return written_BHD, written_BH
+    position_S = torch.arange(k_BSKD.shape[1], device=q_BHD.device)
+    length_B1 = lengths_B[:, None]
+    visible_BS = (position_S < length_B1) & ((position_S >= length_B1 - window) | (position_S < sinks))
+    attend_visible(q_BHD, k_BSKD, v_BSKD, plan, visible_BS, scale, written_BHD, written_BH)
+    return written_BHD, written_BH
+
+
+def attend_visible(
+    q_BHD: torch.Tensor,
+    k_BWKD: torch.Tensor,
+    v_BWKD: torch.Tensor,
+    plan: AttendPlan,
+    visible_BW: torch.Tensor,
+    scale: float,
+    out_BHD: torch.Tensor,
+    lse_BH: torch.Tensor,
+) -> None:
+    """Eager attention of the plan's heads over the visible rows of the cache, written into out and lse."""
+    hidden = ~visible_BW[:, :, None, None]
     head_H = torch.tensor([head for job in plan.head_J for head in job], device=q_BHD.device)
     kv_H = torch.tensor([kv for job, kv in zip(plan.head_J, plan.kv_J, strict=True) for _ in job], device=q_BHD.device)
     out_BTHD, lse_BHT = masked_attention(
         q_BHD[:, None].index_select(2, head_H),
-        k_BWKD.masked_fill(empty, 0).index_select(2, kv_H),
-        v_BWKD.masked_fill(empty, 0).index_select(2, kv_H),
-        filled_BW[:, None, None],
+        k_BWKD.masked_fill(hidden, 0).index_select(2, kv_H),
+        v_BWKD.masked_fill(hidden, 0).index_select(2, kv_H),
+        visible_BW[:, None, None],
         scale,
         1,
     )
-    written_BHD[:, head_H] = out_BTHD[:, 0]
-    written_BH[:, head_H] = lse_BHT[..., 0]
-    return written_BHD, written_BH
+    out_BHD[:, head_H] = out_BTHD[:, 0]
+    lse_BH[:, head_H] = lse_BHT[..., 0]

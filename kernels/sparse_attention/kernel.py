@@ -25,10 +25,13 @@ def attend_chunk(
     first,
     end,
     tokens,
+    sinks,
+    shift,
     stride_ks,
     stride_vs,
     scale_log2,
     HAS_IDS: tl.constexpr,
+    SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     D: tl.constexpr,
@@ -36,7 +39,10 @@ def attend_chunk(
     D_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Online softmax (base 2) of the job's heads over blocks first ... end - 1 of its list, STEP blocks at a time."""
+    """Online softmax (base 2) of the job's heads over blocks first ... end - 1 of its list, STEP blocks at a time.
+
+    SHIFTED: slots from `sinks` on lie `shift` rows further (a window read from a cache by position).
+    """
     best_G = tl.full([G], float("-inf"), tl.float32)
     sum_G = tl.zeros([G], tl.float32)
     acc_GD = tl.zeros([G, D_PADDED], tl.float32)
@@ -50,6 +56,8 @@ def attend_chunk(
             block_s = tl.load(ids_ptr + place_s, mask=listed_s, other=0)
         token_s = block_s * BLOCK + row % BLOCK
         stored_s = listed_s & (token_s < tokens)
+        if SHIFTED:
+            token_s = tl.where(token_s < sinks, token_s, token_s + shift)
         row_s = token_s.to(tl.int64)[:, None]
         # Rows that were never written may hold NaN: they are replaced, not only weighted with zero.
         mask_sD = stored_s[:, None] & (dim_D < D)[None, :]
@@ -120,8 +128,10 @@ def attend_decode_kernel(
     slots,
     capacity,
     target_programs,
+    sinks,
     scale_log2,
     HAS_IDS: tl.constexpr,
+    BY_POSITION: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     D: tl.constexpr,
@@ -146,7 +156,8 @@ def attend_decode_kernel(
     if EARLY_LAUNCH:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-    tokens = tl.minimum(tl.load(lengths_ptr + batch), slots)
+    length = tl.load(lengths_ptr + batch)
+    tokens = tl.minimum(length, slots)
     if HAS_IDS:
         blocks_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0)
     else:
@@ -173,8 +184,8 @@ def attend_decode_kernel(
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
     ids_ptr += (batch * num_jobs + job) * capacity
     best_G, sum_G, acc_GD = attend_chunk(
-        q_GD, k_base, v_base, ids_ptr, first, end, tokens, stride_ks, stride_vs, scale_log2,
-        HAS_IDS, BLOCK, STEP, D, G_PADDED, D_PADDED, STAGES,
+        q_GD, k_base, v_base, ids_ptr, first, end, tokens, sinks, length - tokens, stride_ks, stride_vs, scale_log2,
+        HAS_IDS, BY_POSITION, BLOCK, STEP, D, G_PADDED, D_PADDED, STAGES,
     )  # fmt: skip
 
     out_ptr += batch * stride_ob
@@ -220,8 +231,13 @@ def launch(
     scale: float,
     out_BHD: torch.Tensor,
     lse_BH: torch.Tensor,
+    window: int | None = None,
+    sinks: int = 0,
 ) -> None:
-    """Run the kernel with an `AttendPlan`'s workspace; writes out and lse of the plan's heads."""
+    """Run the kernel with an `AttendPlan`'s workspace; writes out and lse of the plan's heads.
+
+    With a window the keys are those of the sinks and of the newest `window` positions of a cache by position.
+    """
     B, H, D = q_BHD.shape
     J, G = plan.heads_JG.shape
     attend_decode_kernel[(plan.programs + J, B)](
@@ -251,11 +267,13 @@ def launch(
         out_BHD.stride(1),
         H,
         J,
-        k_BSKD.shape[1],
+        k_BSKD.shape[1] if window is None else sinks + window,
         0 if ids_BJN is None else ids_BJN.shape[2],
         plan.programs,
+        sinks,
         float(scale) * LOG2E,
         HAS_IDS=ids_BJN is not None,
+        BY_POSITION=window is not None,
         BLOCK=plan.block_size,
         STEP=plan.step_blocks,
         D=D,

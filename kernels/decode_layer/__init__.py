@@ -1,0 +1,133 @@
+"""decode_layer: the whole attention of one layer for one new token per sequence, retrieval and local heads together."""
+
+# B batch  S cached tokens  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
+# I index-key sets  R index dim  N blocks
+import importlib.util
+
+import torch
+
+from rtpurbo.kernels.decode_layer import reference
+from rtpurbo.kernels.decode_layer.plan import DecodeLayerPlan, plan_decode_layer
+
+__all__ = ["DecodeLayerPlan", "choose_impl", "decode_layer", "plan_decode_layer"]
+
+IMPLEMENTATIONS = ("reference", "composed")
+
+
+def decode_layer(
+    q_BHD: torch.Tensor,
+    index_q_BHR: torch.Tensor | None,
+    *,
+    plan: DecodeLayerPlan,
+    lengths_B: torch.Tensor,
+    k_BSKD: torch.Tensor | None,
+    v_BSKD: torch.Tensor | None,
+    index_k_BSIR: torch.Tensor | None,
+    ring_k_BWKD: torch.Tensor | None,
+    ring_v_BWKD: torch.Tensor | None,
+    scale: float,
+    index_scale: float,
+    top_p: float,
+    out_BHD: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Attention of every head of a layer, after the token's own keys were appended to the caches.
+
+    Retrieval heads: `score_and_select`, then softmax over the selected blocks (top_p >= 1 or a dense plan: over all keys).
+    Local heads: softmax over the newest `window` positions and the sinks, read from the ring of a local KV group or from the
+    full cache of a retained one. Heads are in run-time order: retained KV groups first, retrieval heads first inside each.
+
+    Args:
+        q_BHD: post-RoPE queries, H = group_size * num_groups; B <= the plan's batch.
+        index_q_BHR: index queries of the retrieval heads; None where nothing is selected.
+        plan: from `plan_decode_layer`.
+        lengths_B: int32, tokens of every sequence, the new one included; read on the device. 0 marks an inactive row, whose
+            output is unspecified.
+        k_BSKD, v_BSKD: caches of the retained groups by position, last axis contiguous; None if there is none.
+        index_k_BSIR: index keys; fastest when stored set by set ([B, I, S, R] in memory). None where nothing is selected.
+        ring_k_BWKD, ring_v_BWKD: rings of the local groups, W = sinks + window; None if there is none.
+        scale, index_scale: logit scales of attention and indexer.
+        top_p: > 0.
+        out_BHD: written (default: a new tensor).
+        impl: "auto" or one of IMPLEMENTATIONS; `choose_impl` says what "auto" picks.
+
+    Cache rows at or beyond a length, and empty slots, may hold anything.
+    Returns (out [B, H, D] in q's dtype, (ids int32 [B, H, N], count int32 [B, H]) of the selection or None).
+    Raises ValueError for tensors that do not fit the plan. Source: arXiv 2605.16928 section 3; heads in one layer: ours.
+    """
+    selects = plan.selects(top_p)
+    _check_queries(plan, q_BHD, index_q_BHR, lengths_B, top_p, selects)
+    _check_caches(plan, q_BHD, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD, selects)
+    if out_BHD is None:
+        out_BHD = torch.empty_like(q_BHD)
+    if out_BHD.shape != q_BHD.shape or out_BHD.stride(2) != 1:
+        raise ValueError(f"decode_layer: out {tuple(out_BHD.shape)} does not fit q {tuple(q_BHD.shape)} (last axis contiguous)")
+    chosen = choose_impl(plan, q_BHD, top_p=top_p, impl=impl)
+    if chosen == "reference":
+        run = reference.decode_layer
+    else:
+        from rtpurbo.kernels.decode_layer.composed import decode_layer as run
+    selection = run(
+        q_BHD, index_q_BHR, plan, lengths_B, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD, scale, index_scale, top_p, out_BHD
+    )
+    return out_BHD, selection
+
+
+def choose_impl(plan: DecodeLayerPlan, q_BHD: torch.Tensor, *, top_p: float, impl: str = "auto") -> str:
+    """The implementation that `decode_layer` runs: "reference" on the CPU, "composed" on a GPU; a named one, or ValueError why not."""
+    if impl == "reference" or (impl == "auto" and not q_BHD.is_cuda):
+        return "reference"
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"decode_layer: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"decode_layer: impl {impl!r} needs triton, which is not installed")
+    from triton import knobs
+
+    if not q_BHD.is_cuda and not knobs.runtime.interpret:
+        raise ValueError(f"decode_layer: impl {impl!r} needs tensors on an NVIDIA GPU, found {q_BHD.device}")
+    return "composed" if impl == "auto" else impl
+
+
+def _check_queries(
+    plan: DecodeLayerPlan, q_BHD: torch.Tensor, index_q_BHR: torch.Tensor | None, lengths_B: torch.Tensor, top_p: float, selects: bool
+) -> None:
+    B = q_BHD.shape[0]
+    if q_BHD.shape[1:] != (plan.num_heads, plan.head_dim) or plan.batch < B or q_BHD.stride(2) != 1:
+        raise ValueError(
+            f"decode_layer: q {tuple(q_BHD.shape)}, the plan wants {(plan.batch, plan.num_heads, plan.head_dim)} or fewer sequences "
+            "(last axis contiguous)"
+        )
+    if lengths_B.shape != (B,) or lengths_B.dtype != torch.int32 or not top_p > 0:
+        raise ValueError(
+            f"decode_layer: lengths {tuple(lengths_B.shape)} {lengths_B.dtype}, wanted int32 {(B,)}; top_p {top_p} must be > 0"
+        )
+    if selects and (index_q_BHR is None or index_q_BHR.shape[:2] != (B, len(plan.key_sets))):
+        found = None if index_q_BHR is None else tuple(index_q_BHR.shape)
+        raise ValueError(f"decode_layer: index_q {found}, wanted {len(plan.key_sets)} retrieval heads of {B} sequences")
+
+
+def _check_caches(
+    plan: DecodeLayerPlan,
+    q_BHD: torch.Tensor,
+    k_BSKD: torch.Tensor | None,
+    v_BSKD: torch.Tensor | None,
+    index_k_BSIR: torch.Tensor | None,
+    ring_k_BWKD: torch.Tensor | None,
+    ring_v_BWKD: torch.Tensor | None,
+    selects: bool,
+) -> None:
+    B, _, D = q_BHD.shape
+    slots = plan.window + plan.sinks
+    for name, tensor, groups in (
+        ("k", k_BSKD, plan.num_retained),
+        ("v", v_BSKD, plan.num_retained),
+        ("ring_k", ring_k_BWKD, plan.num_groups - plan.num_retained),
+        ("ring_v", ring_v_BWKD, plan.num_groups - plan.num_retained),
+    ):
+        if groups and (tensor is None or (tensor.shape[0], *tensor.shape[2:]) != (B, groups, D)):
+            raise ValueError(f"decode_layer: {name} {None if tensor is None else tuple(tensor.shape)}, wanted {groups} KV heads of {D}")
+        if groups and tensor is not None and name.startswith("ring") and tensor.shape[1] != slots:
+            raise ValueError(f"decode_layer: {name} has {tensor.shape[1]} slots, wanted {slots}")
+    if selects and (index_k_BSIR is None or (index_k_BSIR.shape[0], index_k_BSIR.shape[2]) != (B, max(plan.key_sets) + 1)):
+        found = None if index_k_BSIR is None else tuple(index_k_BSIR.shape)
+        raise ValueError(f"decode_layer: index_k {found}, wanted {max(plan.key_sets) + 1} key sets of {B} sequences")

@@ -1,0 +1,127 @@
+"""Work division and scratch memory of one layer's decode: made once for a layer shape, used by every step."""
+
+# B batch  H query heads
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rtpurbo.kernels.block_selection import SelectionPlan, plan_selection
+from rtpurbo.kernels.sparse_attention import AttendPlan, plan_attention
+
+# Of a ring all blocks are known beforehand: small steps leave room beside the selection (benchmarks/decode.md).
+RING_STEP_BLOCKS, RING_STAGES = 1, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeLayerPlan:
+    """Static facts and scratch memory of `decode_layer`; calls that share one must not overlap in time.
+
+    Parts that the layer does not have are None: selection and selected (its retrieval heads, one job each), everything (all
+    heads of a KV group that read the whole cache), window (local heads of retained groups), ring (local groups).
+    """
+
+    group_size: int
+    num_groups: int
+    retrieval_counts: tuple[int, ...]
+    key_sets: tuple[int, ...]
+    batch: int
+    capacity: int
+    head_dim: int
+    window: int
+    sinks: int
+    block_size: int
+    dense: bool
+    selection: SelectionPlan | None
+    selected: AttendPlan | None
+    everything: AttendPlan | None
+    local_window: AttendPlan | None
+    ring: AttendPlan | None
+    lse_BH: torch.Tensor
+    side_stream: torch.cuda.Stream | None
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of the layer."""
+        return self.group_size * self.num_groups
+
+    @property
+    def num_retained(self) -> int:
+        """KV groups with a cache by position: groups 0 ... num_retained - 1."""
+        return len(self.retrieval_counts)
+
+    @property
+    def retrieval_heads(self) -> tuple[int, ...]:
+        """Query heads that retrieve, ascending; with a dense plan all of them."""
+        return tuple(g * self.group_size + j for g, count in enumerate(self.retrieval_counts) for j in range(count))
+
+    def selects(self, top_p: float) -> bool:
+        """Whether the retrieval heads attend to a selection, not to everything."""
+        return bool(self.retrieval_counts) and not self.dense and top_p < 1
+
+
+def plan_decode_layer(
+    *,
+    group_size: int,
+    num_groups: int,
+    retrieval_counts: Sequence[int],
+    key_sets: Sequence[int],
+    batch: int,
+    capacity: int,
+    head_dim: int,
+    window: int,
+    sinks: int,
+    block_size: int,
+    device: torch.device | str,
+    dense: bool = False,
+) -> DecodeLayerPlan:
+    """Divide the work of `decode_layer` and allocate its scratch memory.
+
+    Args:
+        group_size, num_groups: query heads of a KV group; KV groups.
+        retrieval_counts: retrieval heads (>= 1) of each retained group, which come first; () for a layer of local heads.
+        key_sets: for each retrieval head the set of index keys it reads; every set has a reader.
+        batch, capacity: largest batch and tokens of a sequence.
+        head_dim, window, sinks, block_size: D; visible keys of local heads; tokens a block.
+        dense: all groups are retained and every head reads everything (counts and key sets are not used).
+
+    Raises ValueError for counts that do not fit the groups.
+    """
+    device = torch.device(device)
+    counts = (group_size,) * num_groups if dense else tuple(retrieval_counts)
+    sets = () if dense else tuple(key_sets)
+    if len(counts) > num_groups or any(not 1 <= count <= group_size for count in counts) or (not dense and len(sets) != sum(counts)):
+        raise ValueError(
+            f"plan_decode_layer: retrieval_counts {list(counts)} and {len(sets)} key sets do not fit {num_groups} groups of {group_size}"
+        )
+
+    def attention(
+        first_H: Sequence[int], stop_H: Sequence[int], kv_J: Sequence[int], *, step_blocks: int = 2, stages: int = 3
+    ) -> AttendPlan | None:
+        jobs = [range(first, stop) for first, stop in zip(first_H, stop_H, strict=True)]
+        kept = [job for job, heads in enumerate(jobs) if heads]
+        if not kept:
+            return None
+        return plan_attention(
+            [tuple(jobs[job]) for job in kept], [kv_J[job] for job in kept], batch=batch, head_dim=head_dim, device=device,
+            block_size=block_size, step_blocks=step_blocks, stages=stages,
+        )  # fmt: skip
+
+    retained, local = range(len(counts)), range(len(counts), num_groups)
+    start_K = [g * group_size for g in range(num_groups + 1)]
+    split_K = [start_K[g] + counts[g] for g in retained]
+    heads = [head for g in retained for head in range(start_K[g], split_K[g])]
+    ring_options = {"step_blocks": RING_STEP_BLOCKS, "stages": RING_STAGES}
+    return DecodeLayerPlan(
+        group_size=group_size, num_groups=num_groups, retrieval_counts=counts, key_sets=sets, batch=batch, capacity=capacity,
+        head_dim=head_dim, window=window, sinks=sinks, block_size=block_size, dense=dense,
+        selection=plan_selection(
+            sets, num_sets=max(sets) + 1, batch=batch, capacity=capacity, device=device, block_size=block_size
+        ) if sets else None,
+        selected=attention(heads, [head + 1 for head in heads], [head // group_size for head in heads]) if sets else None,
+        everything=attention(start_K[: len(counts)], split_K, retained),
+        local_window=attention(split_K, start_K[1 : len(counts) + 1], retained, **ring_options),
+        ring=attention(start_K[len(counts) : -1], start_K[len(counts) + 1 :], [g - len(counts) for g in local], **ring_options),
+        lse_BH=torch.zeros(batch, group_size * num_groups, dtype=torch.float32, device=device),
+        side_stream=torch.cuda.Stream(device) if device.type == "cuda" and sets else None,
+    )  # fmt: skip

@@ -1,0 +1,251 @@
+"""decode_layer, every implementation, against the eager definition in fp64; on a CPU through Triton's interpreter."""
+
+# B batch  S cached tokens  W ring slots  H query heads  K kv heads  D head dim  I index-key sets  R index dim
+import pytest
+import torch
+from interpreter_process import interpreting, serve
+
+from rtpurbo.kernels.decode_layer import choose_impl, decode_layer, plan_decode_layer
+from rtpurbo.kernels.local_attention import attend_local, ring_positions
+from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
+
+pytest.importorskip("triton")
+
+TENSORS = ("q_BHD", "index_q_BHR", "k_BSKD", "v_BSKD", "index_k_BSIR", "ring_k_BWKD", "ring_v_BWKD")
+
+
+def run_layer(request, device="cpu"):
+    """Two calls with one plan, outputs and scratch memory poisoned; the second finds what the first left behind."""
+    plan = plan_decode_layer(**request["plan"], device=device)
+    tensors = {name: None if request[name] is None else request[name].to(device) for name in TENSORS}
+    lengths = torch.tensor(request["lengths"], dtype=torch.int32, device=device)
+    results = []
+    for _ in range(2):
+        for part in (plan.selected, plan.everything, plan.local_window, plan.ring):
+            if part is not None:
+                part.acc_BLGD.fill_(float("nan"))
+        out = torch.full_like(tensors["q_BHD"], float("nan"))
+        _, selection = decode_layer(
+            **tensors, plan=plan, lengths_B=lengths, scale=request["scale"], index_scale=1.0, top_p=request["top_p"], out_BHD=out,
+            impl=request["impl"],
+        )  # fmt: skip
+        results.append((out.cpu(), None if selection is None else tuple(x.cpu() for x in selection)))
+    return {"results": results}
+
+
+OPERATIONS = {"layer": run_layer}
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    with interpreting(__file__) as call:
+        yield call
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(request):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")
+        return lambda operation, message: OPERATIONS[operation](message, "cuda")
+    return request.getfixturevalue("interpreted")
+
+
+def layer_request(
+    *, group_size, num_groups, counts, key_sets, lengths, capacity=64 * 18, dim=32, window=160, sinks=4, top_p=0.9, dense=False,
+    impl="composed", dtype=torch.float32, hot_share=0.15, seed=0, device="cpu",
+):  # fmt: skip
+    """Peaked queries and index keys; NaN in every row and slot that may not be read. The rings hold the last positions."""
+    generator = torch.Generator(device).manual_seed(seed)
+    B, retained = len(lengths), num_groups if dense else len(counts)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=device)
+
+    q = (normal(B, group_size * num_groups, dim) * 3).to(dtype)
+    all_k, all_v = (normal(B, capacity, num_groups, dim).to(dtype) for _ in range(2))
+    lengths_B = torch.tensor(lengths, device=device)
+    position_BW = ring_positions(lengths_B, window, sinks)
+    rings = [
+        tensor[torch.arange(B, device=device)[:, None], position_BW.clamp(min=0)][:, :, retained:].masked_fill(
+            (position_BW < 0)[:, :, None, None], float("nan")
+        )
+        for tensor in (all_k, all_v)
+    ]
+    caches = [tensor[:, :, :retained].clone() for tensor in (all_k, all_v)]
+    index_q = index_k = None
+    if counts and not dense:
+        index_q, index_k = peaked_index(
+            key_sets,
+            num_sets=max(key_sets) + 1,
+            batch=B,
+            tokens=max(max(lengths), 1),
+            hot_share=hot_share,
+            dtype=dtype,
+            seed=seed,
+            device=device,
+        )
+        index_k = torch.cat([index_k, index_k.new_zeros(B, capacity - index_k.shape[1], *index_k.shape[2:])], dim=1)
+    for b, length in enumerate(lengths):
+        for tensor in (*caches, *([] if index_k is None else [index_k])):
+            tensor[b, length:] = float("nan")
+    plan = {
+        "group_size": group_size, "num_groups": num_groups, "retrieval_counts": counts, "key_sets": key_sets, "batch": B,
+        "capacity": capacity, "head_dim": dim, "window": window, "sinks": sinks, "block_size": 64, "dense": dense,
+    }  # fmt: skip
+    tensors = dict(zip(TENSORS, (q, index_q, *(caches if retained else (None, None)), index_k, *rings), strict=True))
+    if retained == num_groups:
+        tensors |= {"ring_k_BWKD": None, "ring_v_BWKD": None}
+    return tensors | {"plan": plan, "lengths": lengths, "scale": dim**-0.5, "top_p": top_p, "impl": impl}
+
+
+def with_precision(request, dtype):
+    """The same request for the eager definition, attention in that dtype (the index stays as it is)."""
+    cast = {name: request[name] if request[name] is None else request[name].to(dtype) for name in TENSORS if not name.startswith("index")}
+    return request | cast | {"impl": "reference"}
+
+
+def assert_equals_fp64(run, request, bound=1e-5):
+    answer = run("layer", request)
+    exact, selection = run_layer(with_precision(request, torch.float64))["results"][0]
+    (out, chosen), (out_again, chosen_again) = answer["results"]
+    active = [b for b, length in enumerate(request["lengths"]) if length > 0]
+    assert torch.equal(out[active], out_again[active])
+    assert relative_error(out[active], exact[active]) <= bound
+    assert (chosen is None) == (selection is None)
+    if selection is None:
+        return None
+    (ids, count), (wanted_ids, wanted_count) = chosen, selection
+    assert torch.equal(count, wanted_count)
+    assert torch.equal(count, chosen_again[1])
+    listed = torch.arange(ids.shape[2]) < count[..., None]
+    assert torch.equal(ids[..., : wanted_ids.shape[2]][listed], wanted_ids[listed])
+    return count[active]
+
+
+LAYERS = {
+    "groups of 8, one retained": {"group_size": 8, "num_groups": 4, "counts": (5,), "key_sets": (0, 1, 2, 3, 4)},
+    "groups of 8, all heads of one": {"group_size": 8, "num_groups": 2, "counts": (8,), "key_sets": (0,) * 8},
+    "groups of 4, differing counts": {"group_size": 4, "num_groups": 3, "counts": (4, 1), "key_sets": (0, 0, 0, 0, 1)},
+    "groups of 3, all retained": {"group_size": 3, "num_groups": 3, "counts": (3, 2, 1), "key_sets": (0, 0, 0, 1, 1, 2)},
+    "groups of 1": {"group_size": 1, "num_groups": 4, "counts": (1, 1), "key_sets": (0, 1)},
+    "all retrieval": {"group_size": 4, "num_groups": 2, "counts": (4, 4), "key_sets": tuple(range(8))},
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("lengths", [[64 * 17 + 1], [64 * 16, 1100, 0, 64 * 18]], ids=["one", "batch"])
+def test_a_decode_layer_equals_fp64_and_keeps_a_twentieth_to_half_of_its_blocks(run, layer, lengths):
+    request = layer_request(**LAYERS[layer], lengths=lengths)
+    count = assert_equals_fp64(run, request)
+    assert count is not None
+    blocks = torch.tensor([-(-length // 64) for length in lengths if length > 0])[:, None]
+    assert (blocks >= 16).all()
+    assert ((count >= 0.05 * blocks) & (count <= 0.5 * blocks)).all(), count
+
+
+@pytest.mark.parametrize("length", [1, 3, 63, 64, 65, 129, 163, 164, 165, 700])
+def test_rings_that_are_not_full_just_full_and_wrapped_equal_fp64(run, length):
+    assert_equals_fp64(run, layer_request(**LAYERS["groups of 4, differing counts"], lengths=[length, 300], seed=length))
+
+
+@pytest.mark.parametrize(
+    ("change", "lengths"),
+    [
+        ({"counts": (), "key_sets": ()}, [700, 0, 5]),
+        ({"counts": (), "key_sets": (), "dense": True}, [64 * 17 + 3, 0, 1]),
+        ({"top_p": 1.0}, [64 * 17 + 3, 0, 1]),
+    ],
+    ids=["all local", "dense", "top_p 1"],
+)
+def test_layers_without_a_selection_equal_fp64(run, change, lengths):
+    assert assert_equals_fp64(run, layer_request(**(LAYERS["groups of 4, differing counts"] | change), lengths=lengths)) is None
+
+
+def test_without_sinks_and_with_a_window_beyond_the_length_the_layer_equals_fp64(run):
+    assert_equals_fp64(run, layer_request(**LAYERS["groups of 4, differing counts"], lengths=[900, 64 * 18], sinks=0, window=1000))
+
+
+def test_local_heads_of_the_definition_are_those_of_local_attention():
+    request = layer_request(group_size=2, num_groups=2, counts=(1,), key_sets=(0,), lengths=[500], capacity=500, top_p=1.0)
+    out, _ = run_layer(with_precision(request, torch.float64))["results"][0]
+    q, k, v = (request[name].double() for name in ("q_BHD", "k_BSKD", "v_BSKD"))
+    all_q = torch.zeros(1, 500, 2, 32, dtype=torch.float64)
+    all_q[:, -1] = q[:, :2]
+    local, _ = attend_local(all_q, k, v, window=160, sinks=4, scale=32**-0.5)
+    assert relative_error(out[:, 1], local[:, -1, 1]) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"impl": "cuda"}, "impl"),
+        ({"impl": "composed"}, "GPU"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"lengths_B": torch.ones(1)}, "int32"),
+        ({"index_q_BHR": None}, "index_q None"),
+        ({"index_k_BSIR": None}, "index_k None"),
+        ({"k_BSKD": None}, "k None"),
+        ({"ring_v_BWKD": torch.zeros(1, 7, 1, 32)}, "7 slots"),
+    ],
+)
+def test_inputs_that_do_not_fit_the_plan_are_refused(change, message):
+    request = layer_request(group_size=2, num_groups=2, counts=(1,), key_sets=(0,), lengths=[100])
+    arguments = {name: request[name] for name in TENSORS} | {"plan": plan_decode_layer(**request["plan"], device="cpu")}
+    arguments |= {"lengths_B": torch.tensor([100], dtype=torch.int32), "scale": 1.0, "index_scale": 1.0, "top_p": 0.9}
+    with pytest.raises(ValueError, match=message):
+        decode_layer(**(arguments | change))
+
+
+def test_a_plan_with_too_many_retrieval_heads_is_refused():
+    request = layer_request(group_size=2, num_groups=2, counts=(1,), key_sets=(0,), lengths=[100])
+    with pytest.raises(ValueError, match="do not fit"):
+        plan_decode_layer(**(request["plan"] | {"retrieval_counts": (3,)}), device="cpu")
+
+
+def test_the_definition_runs_on_the_cpu():
+    request = layer_request(group_size=2, num_groups=2, counts=(1,), key_sets=(0,), lengths=[100])
+    assert choose_impl(plan_decode_layer(**request["plan"], device="cpu"), request["q_BHD"], top_p=0.9) == "reference"
+
+
+QWEN = {"group_size": 8, "num_groups": 4, "dim": 128, "window": 8192}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["composed"])
+@pytest.mark.parametrize(
+    ("counts", "key_sets"), [((5,), (0, 1, 2, 3, 4)), ((2, 1, 1, 1), (0, 0, 1, 2, 3)), ((8,), (0,) * 8)], ids=["A", "B", "C"]
+)
+@pytest.mark.parametrize("lengths", [[1], [32768], [131071, 0, 9000]], ids=["1", "32K", "batch"])
+def test_real_shapes_decode_as_well_as_eager_bf16_on_a_gpu(impl, counts, key_sets, lengths):
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    check_on_gpu(impl, counts, key_sets, lengths)
+
+
+def check_on_gpu(impl, counts, key_sets, lengths):
+    """The same selection in both, then the error of attention against fp64 within twice that of eager bf16."""
+    capacity = max(max(lengths), 8192)
+    request = layer_request(
+        **QWEN,
+        counts=counts,
+        key_sets=key_sets,
+        lengths=lengths,
+        capacity=capacity,
+        dtype=torch.bfloat16,
+        hot_share=0.05,
+        impl=impl,
+        device="cuda",
+    )
+    answer = run_layer(request, "cuda")
+    active = [b for b, length in enumerate(lengths) if length > 0]
+    (out, (_, count)), (out_again, _) = answer["results"]
+    assert torch.equal(out[active], out_again[active])
+    eager, _ = run_layer(with_precision(request, torch.bfloat16), "cuda")["results"][0]
+    exact, (_, wanted) = run_layer(with_precision(request, torch.float64), "cuda")["results"][0]
+    assert (count[active] - wanted[active]).abs().max() <= 1, (count, wanted)
+    assert relative_error(out[active], exact[active]) <= error_bound(eager[active], exact[active])
+
+
+if __name__ == "__main__":
+    serve(OPERATIONS)
