@@ -25,27 +25,39 @@ def attend_local(
     counts_B: torch.Tensor | None = None,
     ring_k_BWKD: torch.Tensor | None = None,
     ring_v_BWKD: torch.Tensor | None = None,
+    by_position: bool = False,
+    out: torch.Tensor | None = None,
+    return_lse: bool = True,
     impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a chunk over `j <= i and (i - j < window or j < sinks)`; the window counts the query itself.
 
     Args:
         q_BTHD, k_BTKD, v_BTKD: the chunk, post-RoPE; views of any strides. Row t of sequence b is position lengths_B[b] + t.
-            H = group * K.
+            H = group * K; q may also be a view [B, T, K, group, D], then so is out.
         window, sinks: visible keys; window >= 1, sinks >= 0.
         scale: logit scale, usually head_dim ** -0.5 (dimensionless).
         lengths_B: int32, tokens written to the ring before this chunk (default 0).
         counts_B: int32, valid rows of the chunk, the first ones (default T). Other rows return 0 and an LSE of -inf.
         ring_k_BWKD, ring_v_BWKD: cache with W = sinks + window slots (see `ring_positions`); read, not written.
+        by_position: k and v are instead a whole cache [B, S, K, D] in which row = position, the chunk already written; no ring then.
+        out: written (default: a new tensor): q's shape and dtype, any view with a contiguous last axis.
+        return_lse: also return the LSE, else None.
         impl: "auto" or one of IMPLEMENTATIONS; `choose_impl` says what "auto" picks and when a kernel can run.
 
     Returns out [B, T, H, D] in q's dtype and lse fp32 [B, H, T] (natural log).
     Raises ValueError for shapes that do not fit and for an impl that cannot run.
     Source: arXiv 2605.16928 section 3 (window and sinks); counting: ours.
     """
-    B, T, H, D = q_BTHD.shape
     K = k_BTKD.shape[2]
-    if k_BTKD.shape != (B, T, K, D) or v_BTKD.shape != k_BTKD.shape or K == 0 or H % K:
+    q_BTKGD = q_BTHD
+    if q_BTHD.dim() == 4 and K and q_BTHD.shape[2] % K == 0:
+        q_BTKGD = q_BTHD.unflatten(2, (K, q_BTHD.shape[2] // K))
+    if q_BTKGD.dim() != 5 or q_BTKGD.shape[2] != K or K == 0:
+        raise ValueError(f"attend_local: q {tuple(q_BTHD.shape)} and k {tuple(k_BTKD.shape)} do not fit")
+    B, T, _, G, D = q_BTKGD.shape
+    rows = k_BTKD.shape[1] if by_position else T
+    if k_BTKD.shape != (B, rows, K, D) or v_BTKD.shape != k_BTKD.shape:
         raise ValueError(f"attend_local: q {tuple(q_BTHD.shape)}, k {tuple(k_BTKD.shape)}, v {tuple(v_BTKD.shape)} do not fit")
     if window < 1 or sinks < 0:
         raise ValueError(f"attend_local: window {window} must be >= 1 and sinks {sinks} >= 0")
@@ -54,10 +66,14 @@ def attend_local(
     for ring in (ring_k_BWKD, ring_v_BWKD):
         if ring is not None and ring.shape != (B, sinks + window, K, D):
             raise ValueError(f"attend_local: ring {tuple(ring.shape)}, wanted {(B, sinks + window, K, D)}")
+    if by_position and ring_k_BWKD is not None:
+        raise ValueError("attend_local: a cache by position and a ring exclude each other")
+    if out is not None and (out.shape != q_BTHD.shape or out.dtype != q_BTHD.dtype or out.stride(-1) != 1):
+        raise ValueError(f"attend_local: out {tuple(out.shape)} {out.dtype} does not fit q {tuple(q_BTHD.shape)} {q_BTHD.dtype}")
     chosen = choose_impl(q_BTHD, k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD, scale=scale, impl=impl)
     if lengths_B is None:
-        if ring_k_BWKD is not None:
-            raise ValueError("attend_local: a ring needs lengths_B")
+        if ring_k_BWKD is not None or by_position:
+            raise ValueError("attend_local: a ring or a cache by position needs lengths_B")
         lengths_B = torch.zeros(B, dtype=torch.int32, device=q_BTHD.device)
     if counts_B is None:
         counts_B = torch.full((B,), T, dtype=torch.int32, device=q_BTHD.device)
@@ -69,7 +85,14 @@ def attend_local(
             from rtpurbo.kernels.local_attention.kernel import attend_local as attend
         else:
             from rtpurbo.kernels.local_attention.hopper_kernel import attend_local as attend
-    return attend(q_BTHD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, window, sinks, scale)
+    if by_position:
+        k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD = reference.split_cache(k_BTKD, v_BTKD, lengths_B, T, window, sinks)
+    made_BTHD, lse_BHT = attend(q_BTKGD.flatten(2, 3), k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, window, sinks, scale)
+    if out is None:
+        out = made_BTHD.view(q_BTHD.shape)
+    else:
+        out.copy_(made_BTHD.view(q_BTHD.shape))
+    return out, lse_BHT if return_lse else None
 
 
 def choose_impl(

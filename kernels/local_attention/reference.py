@@ -52,6 +52,18 @@ def attend_local(
     return masked_attention(q_BTHD, keys.masked_fill(empty, 0), values.masked_fill(empty, 0), visible_BTS[:, None], scale, group_size)
 
 
+def split_cache(
+    k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, lengths_B: torch.Tensor, T: int, window: int, sinks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A chunk of T rows and the ring before it, both gathered from a cache by position: (chunk k, chunk v, ring k, ring v)."""
+    S = k_BSKD.shape[1]
+    batch_B1 = torch.arange(k_BSKD.shape[0], device=k_BSKD.device)[:, None]
+    chunk_BT = (lengths_B.long()[:, None] + torch.arange(T, device=k_BSKD.device)).clamp(max=S - 1)
+    ring_BW = ring_positions(lengths_B, window, sinks).clamp(min=0, max=S - 1)
+    chunk_k, chunk_v, ring_k, ring_v = (x[batch_B1, at] for at in (chunk_BT, ring_BW) for x in (k_BSKD, v_BSKD))
+    return chunk_k, chunk_v, ring_k, ring_v
+
+
 def masked_attention(
     q_BTHD: torch.Tensor,
     k_BSKD: torch.Tensor,

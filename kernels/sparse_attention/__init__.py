@@ -9,8 +9,9 @@ import torch
 
 from rtpurbo.kernels.sparse_attention import reference
 from rtpurbo.kernels.sparse_attention.plan import AttendPlan, plan_attention
+from rtpurbo.kernels.sparse_attention.prefill import attend_prefill, choose_prefill_impl
 
-__all__ = ["AttendPlan", "attend_blocks", "attend_selected", "plan_attention"]
+__all__ = ["AttendPlan", "attend_blocks", "attend_prefill", "attend_selected", "choose_prefill_impl", "plan_attention"]
 
 
 def attend_blocks(

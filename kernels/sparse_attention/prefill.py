@@ -1,0 +1,75 @@
+"""attend_prefill: the chunk form, causal attention of many queries over a cache by position, all of it or listed key blocks."""
+
+# B batch  T chunk tokens  S cached tokens  K kv heads  G query heads per kv head  D head dim  H = K * G  Q query blocks  N key blocks
+import torch
+
+from rtpurbo.kernels.sparse_attention import prefill_reference
+
+IMPLEMENTATIONS = ("reference",)
+
+
+def attend_prefill(
+    q_BTKGD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    *,
+    lengths_B: torch.Tensor,
+    counts_B: torch.Tensor,
+    scale: float,
+    ids_BHQN: torch.Tensor | None = None,
+    count_BHQ: torch.Tensor | None = None,
+    block: int = 128,
+    out_BTKGD: torch.Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """softmax over the keys j <= i (in the listed blocks) of scale * q . k, times v, for queries at i = length + t.
+
+    Args:
+        q_BTKGD: the chunk's queries, post-RoPE; G heads for each KV head, any view with a contiguous last axis.
+        k_BSKD, v_BSKD: cache by position, post-RoPE, the chunk already written; rows at or beyond lengths + counts may hold anything.
+        lengths_B, counts_B: int32, tokens before the chunk and valid rows of it; rows beyond return 0 and an LSE of -inf.
+        scale: logit scale, usually head_dim ** -0.5 (dimensionless).
+        ids_BHQN, count_BHQ: int32, from `select_prefill`: for query head kv * G + g and rows n * block ... of the chunk the
+            key blocks (positions m * block ...), ascending, none beyond the newest of these rows. None: all keys (dense).
+        block: queries and keys per block.
+        out_BTKGD: written (default: a new tensor); any view with a contiguous last axis.
+        return_lse: also return the LSE.
+        impl: "auto" or one of IMPLEMENTATIONS; `choose_prefill_impl` says what "auto" picks and when a kernel can run.
+
+    Returns (out in q's dtype, lse fp32 [B, H, T], natural log, or None); a query whose list is empty gives 0 and -inf.
+    Raises ValueError for shapes that do not fit and for an impl that cannot run. Source: lists as in arXiv 2605.16928 section 3.4
+    for decode; for prefill: ours.
+    """
+    B, T, K, G, D = q_BTKGD.shape
+    S = k_BSKD.shape[1]
+    if k_BSKD.shape != (B, S, K, D) or v_BSKD.shape != k_BSKD.shape:
+        raise ValueError(f"attend_prefill: q {tuple(q_BTKGD.shape)}, k {tuple(k_BSKD.shape)}, v {tuple(v_BSKD.shape)} do not fit")
+    if lengths_B.shape != (B,) or counts_B.shape != (B,):
+        raise ValueError(f"attend_prefill: lengths {tuple(lengths_B.shape)} or counts {tuple(counts_B.shape)}, wanted {(B,)}")
+    if (ids_BHQN is None) != (count_BHQ is None):
+        raise ValueError("attend_prefill: give ids and count together")
+    if ids_BHQN is not None and count_BHQ is not None:
+        wanted = (B, K * G, -(-T // block))
+        if ids_BHQN.shape[:3] != wanted or count_BHQ.shape != wanted or ids_BHQN.dtype != torch.int32 or count_BHQ.dtype != torch.int32:
+            raise ValueError(
+                f"attend_prefill: ids {tuple(ids_BHQN.shape)} {ids_BHQN.dtype} and count {tuple(count_BHQ.shape)} {count_BHQ.dtype}, "
+                f"wanted int32 {(*wanted, 'N')} and {wanted}"
+            )
+    if out_BTKGD is None:
+        out_BTKGD = torch.empty((B, T, K, G, D), dtype=q_BTKGD.dtype, device=q_BTKGD.device)
+    elif out_BTKGD.shape != q_BTKGD.shape or out_BTKGD.dtype != q_BTKGD.dtype or out_BTKGD.stride(4) != 1:
+        raise ValueError(f"attend_prefill: out {tuple(out_BTKGD.shape)} {out_BTKGD.dtype} does not fit q {tuple(q_BTKGD.shape)}")
+    choose_prefill_impl(q_BTKGD, k_BSKD, v_BSKD, impl=impl)
+    lse_BHT = torch.empty((B, K * G, T), dtype=torch.float32, device=q_BTKGD.device) if return_lse else None
+    prefill_reference.attend_prefill(
+        q_BTKGD, k_BSKD, v_BSKD, lengths_B, counts_B, ids_BHQN, count_BHQ, scale, block, out_BTKGD, lse_BHT
+    )  # fmt: skip
+    return out_BTKGD, lse_BHT
+
+
+def choose_prefill_impl(q_BTKGD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, *, impl: str = "auto") -> str:
+    """The implementation that `attend_prefill` runs for these tensors."""
+    if impl not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"attend_prefill: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")
+    return "reference"
