@@ -1,0 +1,31 @@
+"""silu(gate) * up in Triton."""
+# Triton's compiler, not Python's type rules, decides what the jitted functions mean:
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
+
+# T tokens  F MLP width
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 1024
+
+
+@triton.jit
+def _gated_silu(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < F
+    gate = tl.load(gate_up_ptr + row * 2 * F + place, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + row * 2 * F + F + place, mask=inside, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * F + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def launch(gate_up_TG: torch.Tensor) -> torch.Tensor:
+    """See `kernels.gated_silu.gated_silu`."""
+    T, F = gate_up_TG.shape[0], gate_up_TG.shape[1] // 2
+    out_TF = torch.empty(T, F, dtype=gate_up_TG.dtype, device=gate_up_TG.device)
+    if T and F:
+        _gated_silu[(T, triton.cdiv(F, BLOCK))](gate_up_TG, out_TF, F, BLOCK=BLOCK)
+    return out_TF

@@ -1,0 +1,60 @@
+"""Residual addition + RMS norm in Triton, one program a token."""
+# Triton's compiler, not Python's type rules, decides what the jitted functions mean:
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
+
+# T tokens  C hidden
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _add_norm(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    stride_xt,
+    eps,
+    C: tl.constexpr,
+    C_PADDED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    place_C = tl.arange(0, C_PADDED)
+    inside_C = place_C < C
+    x_C = tl.load(x_ptr + row * stride_xt + place_C, mask=inside_C, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        before_C = tl.load(residual_ptr + row * C + place_C, mask=inside_C, other=0.0).to(tl.float32)
+        # What the next layers read is the rounded sum, so the norm is taken of it too.
+        sum_C = (x_C + before_C).to(residual_ptr.dtype.element_ty)
+        tl.store(residual_ptr + row * C + place_C, sum_C, mask=inside_C)
+        x_C = sum_C.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x_C * x_C, axis=0) / C + eps)
+    weight_C = tl.load(weight_ptr + place_C, mask=inside_C, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * C + place_C, (x_C * scale * weight_C).to(out_ptr.dtype.element_ty), mask=inside_C)
+
+
+def launch(
+    x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, residual_TC: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `kernels.norm.add_norm`."""
+    T, C = x_TC.shape
+    out_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device)
+    residual = x_TC if residual_TC is None else residual_TC
+    if T:
+        padded = triton.next_power_of_2(C)
+        _add_norm[(T,)](
+            x_TC,
+            residual,
+            weight_C,
+            out_TC,
+            x_TC.stride(0),
+            eps,
+            C=C,
+            C_PADDED=padded,
+            HAS_RESIDUAL=residual_TC is not None,
+            num_warps=max(1, min(8, padded // 256)),
+        )
+    return out_TC, residual
