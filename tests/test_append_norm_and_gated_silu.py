@@ -2,14 +2,9 @@
 
 # B batch  T chunk tokens  M (H + 2 K) D  H query heads  K kv heads  D head dim  S cached tokens  W ring slots
 # P retrieval heads  I index-key sets  R index dim  C hidden
-import io
-import os
-import struct
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter_process import interpreting, serve
 
 from rtpurbo.kernels.append import plan_append, rope_append
 from rtpurbo.kernels.gated_silu import gated_silu
@@ -46,35 +41,10 @@ def run_silu(request, device="cpu"):
 OPERATIONS = {"append": run_append, "norm": run_norm, "silu": run_silu}
 
 
-def read_message(stream):
-    header = stream.read(8)
-    return torch.load(io.BytesIO(stream.read(struct.unpack("<q", header)[0])), weights_only=True) if header else None
-
-
-def write_message(stream, message):
-    buffer = io.BytesIO()
-    torch.save(message, buffer)
-    stream.write(struct.pack("<q", buffer.tell()) + buffer.getvalue())
-    stream.flush()
-
-
 @pytest.fixture(scope="module")
 def interpreted():
-    """Runs an operation in a process of its own: Triton reads TRITON_INTERPRET when a kernel is decorated."""
-    worker = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"TRITON_INTERPRET": "1"}
-    )
-
-    def call(operation, request):
-        write_message(worker.stdin, {"operation": operation, "request": request | {"impl": "triton"}})
-        answer = read_message(worker.stdout)
-        assert answer is not None, "the interpreting process ended: see its traceback"
-        return answer
-
-    yield call
-    assert worker.stdin is not None
-    worker.stdin.close()
-    worker.wait(timeout=60)
+    with interpreting(__file__) as call:
+        yield lambda operation, request: call(operation, request | {"impl": "triton"})
 
 
 @pytest.fixture(params=["reference", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -228,7 +198,7 @@ def test_append_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             run_append({**request, "tensors": request["tensors"] | change, "impl": "reference"})
-    with pytest.raises(ValueError, match="odd|even"):
+    with pytest.raises(ValueError, match="wanted an even number"):
         plan_append(num_heads=2, num_groups=1, head_dim=15, device="cpu")
     with pytest.raises(ValueError, match="both norms or none"):
         plan_append(num_heads=2, num_groups=1, head_dim=16, q_norm_D=torch.ones(16), device="cpu")
@@ -261,10 +231,5 @@ def test_norm_and_gated_silu_refuse_what_does_not_fit():
         gated_silu(torch.zeros(2, 7))
 
 
-def serve():
-    while (message := read_message(sys.stdin.buffer)) is not None:
-        write_message(sys.stdout.buffer, OPERATIONS[message["operation"]](message["request"]))
-
-
 if __name__ == "__main__":
-    serve()
+    serve(OPERATIONS)

@@ -110,7 +110,8 @@ def _rope_append(
                 out_tR = _project(first_tE, second_tE, index_q_weight_ptr + place * (R * 2 * E), E, E_PADDED, R, R_PADDED)
                 row_t = ((b * T + t_t) * num_places + place) * R
                 tl.store(index_q_ptr + row_t[:, None] + r_R[None, :], out_tR, mask=mask_tR)
-        if HAS_INDEX_K:
+        # Nested: the outer condition is decided when the kernel is compiled.
+        if HAS_INDEX_K:  # noqa: SIM102
             if head >= H:
                 for key_set in range(tl.load(first_set_ptr + head - H), tl.load(first_set_ptr + head - H + 1)):
                     out_tR = _project(first_tE, second_tE, index_k_weight_ptr + key_set * (R * 2 * E), E, E_PADDED, R, R_PADDED)
@@ -130,14 +131,14 @@ def _rope_append(
         tl.store(x_ptr + E, second_tE.to(qkv_ptr.dtype.element_ty), mask=mask_tE)
     if head >= H:
         group = (head - H) % K
-        if HAS_CACHE:
+        if HAS_CACHE:  # noqa: SIM102
             if group < retained:
                 offset = b * stride_kb + group * (2 * E)
                 if head < H + K:
                     _store_halves(k_ptr + offset, position_t, stride_ks, first_tE, second_tE, valid_t, E, E_PADDED)
                 else:
                     _store_halves(v_ptr + offset, position_t, stride_ks, first_tE, second_tE, valid_t, E, E_PADDED)
-        if HAS_RING:
+        if HAS_RING:  # noqa: SIM102
             if group >= retained:
                 offset = b * stride_rb + (group - retained) * (2 * E)
                 in_ring_t = sinks + (position_t - sinks) % window

@@ -24,9 +24,7 @@ def add_norm(
     """
     if x_TC.ndim != 2 or weight_C.shape != x_TC.shape[1:] or x_TC.stride(1) != 1:
         raise ValueError(f"add_norm: x {tuple(x_TC.shape)} (last axis contiguous) and weight {tuple(weight_C.shape)} do not fit")
-    if residual_TC is not None and (
-        residual_TC.shape != x_TC.shape or residual_TC.dtype != x_TC.dtype or not residual_TC.is_contiguous()
-    ):
+    if residual_TC is not None and (residual_TC.shape != x_TC.shape or residual_TC.dtype != x_TC.dtype or not residual_TC.is_contiguous()):
         raise ValueError(
             f"add_norm: residual {tuple(residual_TC.shape)} {residual_TC.dtype}, wanted contiguous {tuple(x_TC.shape)} {x_TC.dtype}"
         )

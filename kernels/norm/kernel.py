@@ -36,9 +36,7 @@ def _add_norm(
     tl.store(out_ptr + row * C + place_C, (x_C * scale * weight_C).to(out_ptr.dtype.element_ty), mask=inside_C)
 
 
-def launch(
-    x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, residual_TC: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, residual_TC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.norm.add_norm`."""
     T, C = x_TC.shape
     out_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device)

@@ -4,9 +4,7 @@
 import torch
 
 
-def add_norm(
-    x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, residual_TC: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, residual_TC: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.norm.add_norm`."""
     residual_TC = x_TC if residual_TC is None else residual_TC.add_(x_TC)
     return rms_norm(residual_TC, weight_C, eps), residual_TC
