@@ -196,6 +196,11 @@ def test_an_interpreted_chunk_without_ring_sees_only_itself(interpreter_errors):
     assert interpreter_errors["no ring, offset"] < 1e-5
 
 
+@pytest.mark.parametrize("window", [12, 1 << 20])
+def test_an_interpreted_chunk_reads_a_cache_by_position(interpreter_errors, window):
+    assert interpreter_errors[f"by position, window {window}"] < 1
+
+
 def test_an_unknown_implementation_is_refused_by_name():
     x = torch.zeros(1, 4, 1, 64)
     with pytest.raises(ValueError, match="impl 'cuda' is not one of auto, reference, triton, gluon"):
@@ -225,7 +230,7 @@ def test_the_portable_kernel_compiles_into_the_shared_memory_of_older_gpus(capab
     from rtpurbo.kernels.local_attention import kernel
 
     function = kernel._local_attention
-    constants = {"GROUP": 8, "M": 128, "N": 64, "D": D, "HAS_RING": True, "PRECISION": "tf32"}
+    constants = {"GROUP": 8, "M": 128, "N": 64, "D": D, "HAS_RING": True, "BY_POSITION": False, "PRECISION": "tf32"}
     constants |= {name: 1 for name in function.arg_names if name.startswith("stride_") and name.endswith("d")}
     compiled = compile_for(triton, ASTSource, function, constants, {}, capability, num_warps=4 if D == 64 else 8, num_stages=2)
     assert compiled.metadata.shared <= 99 * 1024
@@ -329,6 +334,28 @@ def interpreted_chunk_without_ring() -> float:
     return (kernel.attend_local(*arguments, block_queries=16, block_keys=16)[0] - wanted).norm().item()
 
 
+def interpreted_by_position(window: int) -> float:
+    """Largest error over 1e-5; the cache holds NaN beyond the chunk's last row, and one sequence is idle."""
+    from rtpurbo.kernels.local_attention import kernel
+
+    generator = torch.Generator().manual_seed(3)
+    lengths, counts, T, S = (0, 70, 21, 9), (33, 30, 0, 1), 33, 128
+    q, k, v = (torch.randn(4, n, heads, 16, generator=generator) for n, heads in ((T, 4), (S, 2), (S, 2)))
+    for b, end in enumerate(length + count for length, count in zip(lengths, counts, strict=True)):
+        k[b, end:] = v[b, end:] = float("nan")
+    out, lse = torch.full_like(q, float("nan")), torch.full((4, 4, T), float("nan"))
+    lengths_B, counts_B = (torch.tensor(x, dtype=torch.int32) for x in (lengths, counts))
+    sizes = {"window": window, "sinks": 3, "scale": 0.5, "block_queries": 16, "block_keys": 16}
+    kernel.describe(q, k, v, lengths_B, counts_B, None, None, out, lse, by_position=True, **sizes).run()
+    worst = 0.0
+    for b, count in enumerate(counts):
+        end = lengths[b] + count
+        exact, exact_lse = attend_naively(q[b], k[b, :end], v[b, :end], list(range(count)), lengths[b], window, 3, 0.5)
+        worst = max([worst, *(x.abs().max().item() for x in (out[b, :count] - exact, lse[b, :, :count] - exact_lse) if count)])
+    return worst / 1e-5
+
+
 if __name__ == "__main__":
     errors = {name: largest_error(case, "interpreter", torch.float32, "cpu") for name, case in SMALL.items()}
-    json.dump({**errors, "no ring, offset": interpreted_chunk_without_ring()}, sys.stdout)
+    positions = {f"by position, window {window}": interpreted_by_position(window) for window in (12, 1 << 20)}
+    json.dump({**errors, "no ring, offset": interpreted_chunk_without_ring(), **positions}, sys.stdout)

@@ -12,6 +12,7 @@ from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
 from rtpurbo.kernels.block_selection.plan import MAX_CHUNKS, MAX_PARTS
+from rtpurbo.kernels.launch import Launch
 
 BINS = tl.constexpr(256)
 BINS_PER_NAT = tl.constexpr(8.0)
@@ -333,51 +334,44 @@ def score_and_select_kernel(
         tl.store(counter_ptr + 1, 0)
 
 
+def describe(
+    plan, index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor, lengths_B: torch.Tensor, scale: float, top_p: float, sinks: int,
+    ids_BHN: torch.Tensor, count_BH: torch.Tensor,
+) -> Launch:  # fmt: skip
+    """The launch that fills ids and count, with a `SelectionPlan`'s workspace."""
+    B, H, R = index_q_BHR.shape
+    return Launch(
+        kernel=score_and_select_kernel,
+        grid=(plan.heads_JG.shape[0], plan.chunks, B),
+        arguments=(
+            index_q_BHR, index_k_BSIR, lengths_B, plan.heads_JG, plan.set_slot_JG, plan.first_set_J, plan.block_max_BHN, plan.block_sum_BHN,
+            plan.chunk_max_BHC, plan.histogram_BHPb, plan.forced_BHP, plan.counters, ids_BHN, count_BH,
+            *index_q_BHR.stride()[:2], *index_k_BSIR.stride()[:3], float(scale), H, plan.capacity_blocks, plan.max_selectors,
+        ),
+        constants={
+            "TOP_P": float(top_p),
+            "SINK_BLOCKS": -(-sinks // plan.block_size),
+            "BLOCK": plan.block_size,
+            "R": R,
+            "G": plan.heads_JG.shape[1],
+            "SETS": plan.sets_in_group,
+            "MAX_CHUNKS": MAX_CHUNKS,
+            "TILE_BLOCKS": plan.tile_blocks,
+            "WARPS": plan.num_warps,
+            "STAGES": plan.stages,
+            "PARTS": MAX_PARTS,
+            "SELECT_TILE": plan.select_tile,
+            "EARLY_LAUNCH": plan.early_launch,
+        },
+        num_warps=plan.num_warps,
+        early_launch=plan.early_launch,
+    )  # fmt: skip
+
+
 def launch(plan, index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor, lengths_B: torch.Tensor, scale: float, top_p: float, sinks: int):
     """Run the kernel with a `SelectionPlan`'s workspace; returns ids int32 [B, H, N] and count int32 [B, H]."""
-    B, H, R = index_q_BHR.shape
-    device = index_q_BHR.device
-    ids_BHN = torch.empty(B, H, plan.capacity_blocks, dtype=torch.int32, device=device)
-    count_BH = torch.empty(B, H, dtype=torch.int32, device=device)
-    grid = (plan.heads_JG.shape[0], plan.chunks, B)
-    score_and_select_kernel[grid](
-        index_q_BHR,
-        index_k_BSIR,
-        lengths_B,
-        plan.heads_JG,
-        plan.set_slot_JG,
-        plan.first_set_J,
-        plan.block_max_BHN,
-        plan.block_sum_BHN,
-        plan.chunk_max_BHC,
-        plan.histogram_BHPb,
-        plan.forced_BHP,
-        plan.counters,
-        ids_BHN,
-        count_BH,
-        index_q_BHR.stride(0),
-        index_q_BHR.stride(1),
-        index_k_BSIR.stride(0),
-        index_k_BSIR.stride(1),
-        index_k_BSIR.stride(2),
-        float(scale),
-        H,
-        plan.capacity_blocks,
-        plan.max_selectors,
-        TOP_P=float(top_p),
-        SINK_BLOCKS=-(-sinks // plan.block_size),
-        BLOCK=plan.block_size,
-        R=R,
-        G=plan.heads_JG.shape[1],
-        SETS=plan.sets_in_group,
-        MAX_CHUNKS=MAX_CHUNKS,
-        TILE_BLOCKS=plan.tile_blocks,
-        WARPS=plan.num_warps,
-        STAGES=plan.stages,
-        PARTS=MAX_PARTS,
-        SELECT_TILE=plan.select_tile,
-        EARLY_LAUNCH=plan.early_launch,
-        launch_pdl=plan.early_launch,
-        num_warps=plan.num_warps,
-    )
+    B, H, _ = index_q_BHR.shape
+    ids_BHN = torch.empty(B, H, plan.capacity_blocks, dtype=torch.int32, device=index_q_BHR.device)
+    count_BH = torch.empty(B, H, dtype=torch.int32, device=index_q_BHR.device)
+    describe(plan, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks, ids_BHN, count_BH).run()
     return ids_BHN, count_BH

@@ -41,7 +41,7 @@ def attend_slots(
     if impl == "triton" or (impl == "auto" and q_BHD.is_cuda):
         from rtpurbo.kernels.sparse_attention import kernel
 
-        kernel.launch(plan, q_BHD, k_BWKD, v_BWKD, lengths_B, None, None, scale, written_BHD, written_BH)
+        kernel.describe(plan, q_BHD, k_BWKD, v_BWKD, lengths_B, None, None, scale, written_BHD, written_BH).run()
         return written_BHD, written_BH
     filled_BW = torch.arange(k_BWKD.shape[1], device=q_BHD.device) < lengths_B[:, None]
     attend_visible(q_BHD, k_BWKD, v_BWKD, plan, filled_BW, scale, written_BHD, written_BH)
@@ -75,7 +75,7 @@ def attend_window(
     if impl == "triton" or (impl == "auto" and q_BHD.is_cuda):
         from rtpurbo.kernels.sparse_attention import kernel
 
-        kernel.launch(plan, q_BHD, k_BSKD, v_BSKD, lengths_B, None, None, scale, written_BHD, written_BH, window, sinks)
+        kernel.describe(plan, q_BHD, k_BSKD, v_BSKD, lengths_B, None, None, scale, written_BHD, written_BH, window, sinks).run()
         return written_BHD, written_BH
     position_S = torch.arange(k_BSKD.shape[1], device=q_BHD.device)
     length_B1 = lengths_B[:, None]

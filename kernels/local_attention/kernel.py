@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rtpurbo.kernels.launch import Launch
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 CHUNK = tl.constexpr(0)
@@ -20,41 +22,46 @@ UNBOUNDED = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def plan_tiles(t0, length, count, window, sinks, M: tl.constexpr, N: tl.constexpr, HAS_RING: tl.constexpr):
+def plan_tiles(
+    t0, length, count, window, sinks, M: tl.constexpr, N: tl.constexpr, HAS_RING: tl.constexpr, BY_POSITION: tl.constexpr = False
+):
     """Key tiles of the query rows t0 ... min(t0 + M, count) - 1 (t0 < count): (masked tiles, full tiles, details).
+
+    BY_POSITION: the "chunk" is a whole cache whose row j holds position j; it starts at position 0, not at `length`.
 
     A full tile is visible to each of these rows; a masked one holds a border (diagonal, window edge, sinks) and needs
     `oldest_visible`. Where no row's window starts after the sinks, they are no separate run: everything up to the query is visible.
     """
     first = length + t0
     last = length + tl.minimum(t0 + M, count) - 1
+    base = 0 if BY_POSITION else length
     joined = last - window + 1 <= sinks
     width = tl.where(joined, UNBOUNDED, window)
     low = tl.maximum(first - width + 1, 0)
     full_low = last - width + 1
-    chunk_low = tl.maximum(tl.maximum(low, length), tl.where(joined, 0, sinks))
+    chunk_low = tl.maximum(tl.maximum(low, base), tl.where(joined, 0, sinks))
     diagonal = tl.maximum(tl.cdiv(last - first, N), 1)
     chunk_full = tl.maximum((last + 1 - tl.maximum(chunk_low, full_low)) // N - diagonal, 0)
     chunk_masked = tl.cdiv(last + 1 - chunk_low, N) - chunk_full
-    chunk_sinks_end = tl.maximum(tl.where(joined, 0, sinks), length)
-    chunk_sinks = tl.cdiv(chunk_sinks_end - length, N)
+    chunk_sinks_end = tl.maximum(tl.where(joined, 0, sinks), base)
+    chunk_sinks = tl.cdiv(chunk_sinks_end - base, N)
     masked = chunk_masked + chunk_sinks
     full = chunk_full
-    lap = length
-    new_low, new_full, new_masked = length, 0, 0
-    old_low, old_full, old_masked = length, 0, 0
+    lap = base
+    new_low, new_full, new_masked = base, 0, 0
+    old_low, old_full, old_masked = base, 0, 0
     if HAS_RING:
         # Position of the ring's first window slot in the lap that is being written; before it, the previous lap.
-        lap = length - tl.maximum(length - sinks, 0) % window
+        lap = base - tl.maximum(base - sinks, 0) % window
         old_low = tl.maximum(low, sinks)
         new_low = tl.maximum(old_low, lap)
-        new_full = tl.maximum(length - tl.maximum(new_low, full_low), 0) // N
-        new_masked = tl.cdiv(tl.maximum(length - new_low, 0), N) - new_full
+        new_full = tl.maximum(base - tl.maximum(new_low, full_low), 0) // N
+        new_masked = tl.cdiv(tl.maximum(base - new_low, 0), N) - new_full
         old_full = tl.maximum(lap - tl.maximum(old_low, full_low), 0) // N
         old_masked = tl.cdiv(tl.maximum(lap - old_low, 0), N) - old_full
-        masked += new_masked + old_masked + tl.cdiv(tl.minimum(sinks, length), N)
+        masked += new_masked + old_masked + tl.cdiv(tl.minimum(sinks, base), N)
         full += new_full + old_full
-    chunk = (width, length, last + 1, chunk_low, diagonal, chunk_full, chunk_masked, chunk_sinks, chunk_sinks_end)
+    chunk = (width, base, last + 1, chunk_low, diagonal, chunk_full, chunk_masked, chunk_sinks, chunk_sinks_end)
     ring = (lap, new_low, new_full, new_masked, old_low, old_full, old_masked)
     return masked, full, chunk + ring
 
@@ -177,7 +184,8 @@ def _local_attention(
     stride_vb, stride_vt, stride_vh, stride_vd, stride_rkb, stride_rkw, stride_rkh, stride_rkd,
     stride_rvb, stride_rvw, stride_rvh, stride_rvd, stride_ob, stride_ot, stride_oh,
     T, B, H, tiles, window, sinks, scale_log2,
-    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HAS_RING: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HAS_RING: tl.constexpr, BY_POSITION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: M query rows of one head of one sequence."""
     b, h, t0 = unit_of_work(tl.program_id(0), tiles, B, H, M)
@@ -198,7 +206,7 @@ def _local_attention(
         k_ring = ring_k_ptr + b64 * stride_rkb + kh * stride_rkh
         v_ring = ring_v_ptr + b64 * stride_rvb + kh * stride_rvh
         i = length + t
-        masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING)
+        masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING, BY_POSITION)
         for x in range(masked):
             source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
             k_base, stride_k = _source_base(source, row, k_chunk, stride_kt, k_ring, stride_rkw, sinks, HAS_RING)
@@ -224,6 +232,42 @@ def _local_attention(
     tl.store(lse_ptr + (b64 * H + h) * T + t, lse, mask=t < T)
 
 
+def describe(
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, counts_B: torch.Tensor,
+    ring_k_BWKD: torch.Tensor | None, ring_v_BWKD: torch.Tensor | None, out_BTHD: torch.Tensor, lse_BHT: torch.Tensor,
+    *, window: int, sinks: int, scale: float, block_queries: int = 128, block_keys: int = 64, by_position: bool = False,
+) -> Launch:  # fmt: skip
+    """The launch that writes out and lse; block sizes are powers of two >= 16.
+
+    by_position: k and v are [B, S, K, D] caches whose row j holds position j, the chunk's own keys included, and there is no ring.
+    """
+    B, T, H, D = q_BTHD.shape
+    assert not (by_position and ring_k_BWKD is not None)
+    tiles = triton.cdiv(T, block_queries)
+    ring_k = k_BTKD if ring_k_BWKD is None else ring_k_BWKD
+    ring_v = v_BTKD if ring_v_BWKD is None else ring_v_BWKD
+    strides = [s for x in (q_BTHD, k_BTKD, v_BTKD, ring_k, ring_v) for s in x.stride()]
+    return Launch(
+        kernel=_local_attention,
+        grid=(tiles * B * H,),
+        arguments=(
+            q_BTHD, k_BTKD, v_BTKD, ring_k, ring_v, out_BTHD, lse_BHT, lengths_B, counts_B,
+            *strides, *out_BTHD.stride()[:3], T, B, H, tiles, window, sinks, scale * LOG2_E.value,
+        ),
+        constants={
+            "GROUP": H // k_BTKD.shape[2],
+            "M": block_queries,
+            "N": block_keys,
+            "D": D,
+            "HAS_RING": ring_k_BWKD is not None,
+            "BY_POSITION": by_position,
+            "PRECISION": "ieee" if q_BTHD.dtype == torch.float32 else "tf32",
+        },
+        num_warps=4 if block_queries < 128 or D == 64 else 8,
+        num_stages=2,
+    )  # fmt: skip
+
+
 def attend_local(
     q_BTHD: torch.Tensor,
     k_BTKD: torch.Tensor,
@@ -243,17 +287,9 @@ def attend_local(
     B, T, H, D = q_BTHD.shape
     out_BTHD = torch.empty((B, T, H, D), dtype=q_BTHD.dtype, device=q_BTHD.device)
     lse_BHT = torch.empty((B, H, T), dtype=torch.float32, device=q_BTHD.device)
-    tiles = triton.cdiv(T, block_queries)
-    if out_BTHD.numel() == 0:
-        return out_BTHD, lse_BHT
-    ring_k = k_BTKD if ring_k_BWKD is None else ring_k_BWKD
-    ring_v = v_BTKD if ring_v_BWKD is None else ring_v_BWKD
-    strides = [s for x in (q_BTHD, k_BTKD, v_BTKD, ring_k, ring_v) for s in x.stride()]
-    _local_attention[(tiles * B * H,)](
-        q_BTHD, k_BTKD, v_BTKD, ring_k, ring_v, out_BTHD, lse_BHT, lengths_B, counts_B,
-        *strides, *out_BTHD.stride()[:3], T, B, H, tiles, window, sinks, scale * LOG2_E.value,
-        GROUP=H // k_BTKD.shape[2], M=block_queries, N=block_keys, D=D, HAS_RING=ring_k_BWKD is not None,
-        PRECISION="ieee" if q_BTHD.dtype == torch.float32 else "tf32",
-        num_warps=4 if block_queries < 128 or D == 64 else 8, num_stages=2,
-    )  # fmt: skip
+    if out_BTHD.numel():
+        describe(
+            q_BTHD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, out_BTHD, lse_BHT,
+            window=window, sinks=sinks, scale=scale, block_queries=block_queries, block_keys=block_keys,
+        ).run()  # fmt: skip
     return out_BTHD, lse_BHT

@@ -97,7 +97,7 @@ def attend_selected(
 
         if not (ids_BJN.is_contiguous() and count_BJ.is_contiguous()) or ids_BJN.dtype != torch.int32:
             raise ValueError("attend_selected: ids and count must be contiguous int32")
-        kernel.launch(plan, q_BHD, k_BSKD, v_BSKD, lengths_B, ids_BJN, count_BJ, scale, out_BHD, lse_BH)
+        kernel.describe(plan, q_BHD, k_BSKD, v_BSKD, lengths_B, ids_BJN, count_BJ, scale, out_BHD, lse_BH).run()
         return out_BHD, lse_BH
     head_J = torch.tensor([job[0] for job in plan.head_J], device=q_BHD.device)
     N = -(-k_BSKD.shape[1] // plan.block_size)

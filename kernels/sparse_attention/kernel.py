@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
+from rtpurbo.kernels.launch import Launch
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
@@ -130,6 +131,7 @@ def attend_decode_kernel(
     target_programs,
     sinks,
     scale_log2,
+    max_mergers,
     HAS_IDS: tl.constexpr,
     BY_POSITION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -140,7 +142,6 @@ def attend_decode_kernel(
     G_PADDED: tl.constexpr,
     J_PADDED: tl.constexpr,
     MERGE_TILE: tl.constexpr,
-    MAX_MERGERS: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY_LAUNCH: tl.constexpr,
 ):
@@ -204,7 +205,7 @@ def attend_decode_kernel(
     counter_ptr += (batch * num_jobs + job) * 2
     ticket = arrive(counter_ptr)
     heads_in_job = tl.sum(used_G.to(tl.int32))
-    mergers = tl.minimum(tl.minimum(heads_in_job, chunks), MAX_MERGERS)
+    mergers = tl.minimum(tl.minimum(heads_in_job, chunks), max_mergers)
     merger = ticket - (chunks - mergers)
     if merger < 0:
         return
@@ -220,7 +221,7 @@ def attend_decode_kernel(
         tl.store(counter_ptr + 1, 0)
 
 
-def launch(
+def describe(
     plan,
     q_BHD: torch.Tensor,
     k_BSKD: torch.Tensor,
@@ -233,59 +234,39 @@ def launch(
     lse_BH: torch.Tensor,
     window: int | None = None,
     sinks: int = 0,
-) -> None:
-    """Run the kernel with an `AttendPlan`'s workspace; writes out and lse of the plan's heads.
+) -> Launch:
+    """The launch that writes out and lse of the plan's heads, with an `AttendPlan`'s workspace.
 
     With a window the keys are those of the sinks and of the newest `window` positions of a cache by position.
     """
     B, H, D = q_BHD.shape
     J, G = plan.heads_JG.shape
-    attend_decode_kernel[(plan.programs + J, B)](
-        q_BHD,
-        k_BSKD,
-        v_BSKD,
-        out_BHD,
-        lse_BH,
-        ids_BJN if ids_BJN is not None else plan.counters,
-        count_BJ if count_BJ is not None else plan.counters,
-        lengths_B,
-        plan.heads_JG,
-        plan.kv_head_J,
-        plan.acc_BLGD,
-        plan.best_BLG,
-        plan.sum_BLG,
-        plan.counters,
-        q_BHD.stride(0),
-        q_BHD.stride(1),
-        k_BSKD.stride(0),
-        k_BSKD.stride(1),
-        k_BSKD.stride(2),
-        v_BSKD.stride(0),
-        v_BSKD.stride(1),
-        v_BSKD.stride(2),
-        out_BHD.stride(0),
-        out_BHD.stride(1),
-        H,
-        J,
-        k_BSKD.shape[1] if window is None else sinks + window,
-        0 if ids_BJN is None else ids_BJN.shape[2],
-        plan.programs,
-        sinks,
-        float(scale) * LOG2E,
-        HAS_IDS=ids_BJN is not None,
-        BY_POSITION=window is not None,
-        BLOCK=plan.block_size,
-        STEP=plan.step_blocks,
-        D=D,
-        D_PADDED=triton.next_power_of_2(D),
-        G=G,
-        # A matrix product has at least 16 rows.
-        G_PADDED=max(16, G),
-        J_PADDED=triton.next_power_of_2(J),
-        MERGE_TILE=plan.merge_tile,
-        MAX_MERGERS=plan.max_mergers,
-        STAGES=plan.stages,
-        EARLY_LAUNCH=plan.early_launch,
-        launch_pdl=plan.early_launch,
+    return Launch(
+        kernel=attend_decode_kernel,
+        grid=(plan.programs + J, B),
+        arguments=(
+            q_BHD, k_BSKD, v_BSKD, out_BHD, lse_BH,
+            ids_BJN if ids_BJN is not None else plan.counters, count_BJ if count_BJ is not None else plan.counters,
+            lengths_B, plan.heads_JG, plan.kv_head_J, plan.acc_BLGD, plan.best_BLG, plan.sum_BLG, plan.counters,
+            *q_BHD.stride()[:2], *k_BSKD.stride()[:3], *v_BSKD.stride()[:3], *out_BHD.stride()[:2],
+            H, J, k_BSKD.shape[1] if window is None else sinks + window, 0 if ids_BJN is None else ids_BJN.shape[2], plan.programs, sinks,
+            float(scale) * LOG2E, plan.max_mergers,
+        ),
+        constants={
+            "HAS_IDS": ids_BJN is not None,
+            "BY_POSITION": window is not None,
+            "BLOCK": plan.block_size,
+            "STEP": plan.step_blocks,
+            "D": D,
+            "D_PADDED": triton.next_power_of_2(D),
+            "G": G,
+            # A matrix product has at least 16 rows.
+            "G_PADDED": max(16, G),
+            "J_PADDED": triton.next_power_of_2(J),
+            "MERGE_TILE": plan.merge_tile,
+            "STAGES": plan.stages,
+            "EARLY_LAUNCH": plan.early_launch,
+        },
         num_warps=plan.num_warps,
-    )
+        early_launch=plan.early_launch,
+    )  # fmt: skip

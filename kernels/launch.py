@@ -1,0 +1,28 @@
+"""A launch as data: which kernel, over which grid, with which arguments. Triton's compiler runs it here, an engine a cubin of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch of a Triton kernel.
+
+    arguments: the run-time parameters in the kernel's order, tensors as their pointers. constants: its constexpr parameters by name.
+    early_launch: programmatic dependent launch, for a kernel that waits for the launch before it.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[torch.Tensor | int | float, ...]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    early_launch: bool = False
+
+    def run(self) -> None:
+        """Compile (once for each kind of arguments) and launch on the current stream."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "launch_pdl": self.early_launch}
+        self.kernel[self.grid](*self.arguments, **self.constants, **options)
