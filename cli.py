@@ -280,6 +280,67 @@ def verify(artifact: Path, num_tokens: int, device: str, dtype: str, as_json: bo
     click.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {_shown(value)}" for name, value in report.items()))
 
 
+class _Numbers(click.ParamType):
+    """Whole numbers separated by commas."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 4096,32768", param, ctx)
+
+
+@main.command()
+@click.argument("artifact")
+@click.option("--tokens", type=_Numbers(), default="4096,32768", help="Prompt lengths.")
+@click.option("--batch", type=_Numbers(), default="1", help="Batch sizes.")
+@click.option("--new-tokens", type=int, default=64, help="Tokens generated after each prompt.")
+@click.option("--chunk", type=int, default=1024, help="Prompt tokens processed at a time.")
+@click.option("--repeat", type=int, default=3, help="Measured runs of every row.")
+@click.option("--dense/--no-dense", default=True, help="Measure dense attention beside the sparse one.")
+@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the rows as CSV.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Plot times over the prompt length as .png or .svg.")
+@_revision
+@_loading
+@_json
+def bench(
+    artifact: str,
+    csv_file: Path | None,
+    plot_file: Path | None,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure an ARTIFACT (folder or Hub id): time to first token, time per token and memory, sparse beside dense.
+
+    A length or batch size that exceeds the model's positions or the memory is skipped, with the reason in its row.
+    """
+    from rtpurbo.runtime import bench_report
+    from rtpurbo.runtime.bench import BenchOptions, Subject
+    from rtpurbo.runtime.bench import bench as run
+    from rtpurbo.runtime.loader import load
+
+    asked = BenchOptions(**options)
+    bench_report.check_outputs(csv_file, plot_file)
+    runtime = load(artifact, device=device, dtype=dtype, revision=revision)
+    subject = Subject(runtime=runtime, config=runtime.model.config.to_dict(), dtype=runtime.model.dtype, form="safetensors")
+    rows = run(subject, asked, on_row=lambda row: click.echo(bench_report.line(row), err=True))
+    if csv_file is not None:
+        bench_report.write_csv(rows, csv_file)
+    if plot_file is not None:
+        bench_report.plot(rows, plot_file)
+    if as_json:
+        click.echo(json.dumps(bench_report.as_json(rows)))
+    else:
+        bench_report.render(rows, _console())
+
+
 @main.command()
 @_model
 @click.option("--context", type=int, required=True, help="Tokens per sequence to serve.")
