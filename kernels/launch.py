@@ -3,20 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """One launch of a Triton kernel.
 
-    arguments: the run-time parameters in the kernel's order, tensors as their pointers. constants: its constexpr parameters by name.
+    arguments: the run-time parameters in the kernel's order, tensors as their pointers or as tensor descriptors. constants: its constexpr
+    parameters by name.
     early_launch: programmatic dependent launch, for a kernel that waits for the launch before it.
     """
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[torch.Tensor | int | float, ...]
+    arguments: tuple[Any, ...]
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3

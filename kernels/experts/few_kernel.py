@@ -4,12 +4,15 @@
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportIndexIssue=false
 
 # T tokens  X experts a token  P pairs (token * X + choice)  E experts  C hidden width  F expert width
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
+
+from rtpurbo.kernels.launch import Launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,26 +39,36 @@ def mix_experts(
     *,
     tiles: FewTiles | None = None,
     early_launch: bool = False,
+    y_TC: torch.Tensor | None = None,
+    run: Callable[[Launch], None] = Launch.run,
 ) -> torch.Tensor:
     """See rtpurbo.kernels.experts.mix_experts; early_launch overlaps each launch with the end of the one before it."""
     T, C = x_TC.shape
     X, F = ids_TX.shape[1], down_ECF.shape[2]
     tiles = FewTiles() if tiles is None else tiles
     h_PF = torch.empty(T * X, F, dtype=x_TC.dtype, device=x_TC.device)
-    y_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device)
+    y_TC = torch.empty(T, C, dtype=x_TC.dtype, device=x_TC.device) if y_TC is None else y_TC
     up_step = min(tiles.up_step, triton.next_power_of_2(C))
-    up_few[(triton.cdiv(F, tiles.up_rows), T * X)](
-        x_TC, ids_TX, gate_up_EGC, h_PF, x_TC.stride(0), F,
-        C=C, X=X, ROWS=tiles.up_rows, STEP=up_step, EVEN=F % tiles.up_rows == 0 and C % up_step == 0,
-        EARLY_LAUNCH=early_launch, num_warps=tiles.up_warps, launch_pdl=early_launch,
-    )  # fmt: skip
+    run(Launch(
+        kernel=up_few, grid=(triton.cdiv(F, tiles.up_rows), T * X),
+        arguments=(x_TC, ids_TX, gate_up_EGC, h_PF, x_TC.stride(0), F),
+        constants={
+            "C": C, "X": X, "ROWS": tiles.up_rows, "STEP": up_step, "EVEN": F % tiles.up_rows == 0 and C % up_step == 0,
+            "EARLY_LAUNCH": early_launch,
+        },
+        num_warps=tiles.up_warps, early_launch=early_launch,
+    ))  # fmt: skip
     down_step = min(tiles.down_step, triton.next_power_of_2(F))
-    down_few[(triton.cdiv(C, tiles.down_rows), T)](
-        h_PF, ids_TX, weights_TX, down_ECF, y_TC, C,
-        F=F, X=X, X_PADDED=triton.next_power_of_2(X), ROWS=tiles.down_rows, STEP=down_step,
-        EVEN=C % tiles.down_rows == 0 and F % down_step == 0 and triton.next_power_of_2(X) == X,
-        EARLY_LAUNCH=early_launch, num_warps=tiles.down_warps, launch_pdl=early_launch,
-    )  # fmt: skip
+    run(Launch(
+        kernel=down_few, grid=(triton.cdiv(C, tiles.down_rows), T),
+        arguments=(h_PF, ids_TX, weights_TX, down_ECF, y_TC, C),
+        constants={
+            "F": F, "X": X, "X_PADDED": triton.next_power_of_2(X), "ROWS": tiles.down_rows, "STEP": down_step,
+            "EVEN": C % tiles.down_rows == 0 and F % down_step == 0 and triton.next_power_of_2(X) == X,
+            "EARLY_LAUNCH": early_launch,
+        },
+        num_warps=tiles.down_warps, early_launch=early_launch,
+    ))  # fmt: skip
     return y_TC
 
 

@@ -5,6 +5,7 @@
 
 # T tokens  X experts a token  P pairs, as rows sorted by expert  E experts  C hidden width  F expert width
 # In the kernels: M rows of a tile, N output columns of a tile, K step of the inner axis
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rtpurbo.kernels.experts.sorting import SortedPairs, sort_pairs
+from rtpurbo.kernels.launch import Launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,41 +67,54 @@ def mix_experts(
     *,
     tiles: GroupedTiles,
     early_launch: bool = False,
+    y_TC: torch.Tensor | None = None,
+    run: Callable[[Launch], None] = Launch.run,
 ) -> torch.Tensor:
     """See rtpurbo.kernels.experts.mix_experts; early_launch overlaps each launch with the end of the one before it."""
     E, C, F = down_ECF.shape
     X = ids_TX.shape[1]
     P = ids_TX.numel()
-    launch = {"EARLY_LAUNCH": early_launch, "launch_pdl": early_launch}
-    sorted_pairs = sort_pairs(ids_TX, E, tile_rows=tiles.rows, early_launch=early_launch)
+    sorted_pairs = sort_pairs(ids_TX, E, tile_rows=tiles.rows, early_launch=early_launch, run=run)
     num_tiles = sorted_pairs.tiles_N3.shape[0]
     h_PF = torch.empty(P, F, dtype=x_TC.dtype, device=x_TC.device)
+    shared = {"M": tiles.rows, "SWAP": tiles.swap, "DESCRIPTORS": tiles.descriptors, "EARLY_LAUNCH": early_launch}
     up = tiles.up
-    up_grouped[(num_tiles * triton.cdiv(F, up.columns),)](
-        x_TC, gate_up_EGC if not tiles.descriptors else TensorDescriptor.from_tensor(gate_up_EGC.view(-1, C), [up.columns, up.step]),
-        h_PF, sorted_pairs.tiles_N3, sorted_pairs.pair_P, x_TC.stride(0), C, F, X=X, M=tiles.rows, N=up.columns, K=up.step,
-        EVEN_N=F % up.columns == 0, EVEN_K=C % up.step == 0, SWAP=tiles.swap, DESCRIPTORS=tiles.descriptors,
-        num_warps=up.warps, num_stages=up.stages, **launch,
-    )  # fmt: skip
+    up_weight = TensorDescriptor.from_tensor(gate_up_EGC.view(-1, C), [up.columns, up.step]) if tiles.descriptors else gate_up_EGC
+    run(Launch(
+        kernel=up_grouped, grid=(num_tiles * triton.cdiv(F, up.columns),),
+        arguments=(x_TC, up_weight, h_PF, sorted_pairs.tiles_N3, sorted_pairs.pair_P, x_TC.stride(0), C, F),
+        constants={"X": X, "N": up.columns, "K": up.step, "EVEN_N": F % up.columns == 0, "EVEN_K": C % up.step == 0, **shared},
+        num_warps=up.warps, num_stages=up.stages, early_launch=early_launch,
+    ))  # fmt: skip
     z_PC = torch.empty(P, C, dtype=x_TC.dtype, device=x_TC.device)
     down = tiles.down
-    down_grouped[(num_tiles * triton.cdiv(C, down.columns),)](
-        h_PF, down_ECF if not tiles.descriptors else TensorDescriptor.from_tensor(down_ECF.view(-1, F), [down.columns, down.step]),
-        z_PC, sorted_pairs.tiles_N3, P, C, F, M=tiles.rows, N=down.columns, K=down.step,
-        EVEN_N=C % down.columns == 0, EVEN_K=F % down.step == 0, SWAP=tiles.swap, DESCRIPTORS=tiles.descriptors,
-        num_warps=down.warps, num_stages=down.stages, **launch,
-    )  # fmt: skip
-    return sum_choices(z_PC, weights_TX, sorted_pairs, early_launch=early_launch)
+    down_weight = TensorDescriptor.from_tensor(down_ECF.view(-1, F), [down.columns, down.step]) if tiles.descriptors else down_ECF
+    run(Launch(
+        kernel=down_grouped, grid=(num_tiles * triton.cdiv(C, down.columns),),
+        arguments=(h_PF, down_weight, z_PC, sorted_pairs.tiles_N3, P, C, F),
+        constants={"N": down.columns, "K": down.step, "EVEN_N": C % down.columns == 0, "EVEN_K": F % down.step == 0, **shared},
+        num_warps=down.warps, num_stages=down.stages, early_launch=early_launch,
+    ))  # fmt: skip
+    return sum_choices(z_PC, weights_TX, sorted_pairs, early_launch=early_launch, y_TC=y_TC, run=run)
 
 
-def sum_choices(z_PC: torch.Tensor, weights_TX: torch.Tensor, sorted_pairs: SortedPairs, *, early_launch: bool = False) -> torch.Tensor:
+def sum_choices(
+    z_PC: torch.Tensor,
+    weights_TX: torch.Tensor,
+    sorted_pairs: SortedPairs,
+    *,
+    early_launch: bool = False,
+    y_TC: torch.Tensor | None = None,
+    run: Callable[[Launch], None] = Launch.run,
+) -> torch.Tensor:
     """y[t] = sum over choices x, in order, of weights[t, x] * z[row of pair (t, x)]."""
     (T, X), C = weights_TX.shape, z_PC.shape[1]
-    y_TC = torch.empty(T, C, dtype=z_PC.dtype, device=z_PC.device)
+    y_TC = torch.empty(T, C, dtype=z_PC.dtype, device=z_PC.device) if y_TC is None else y_TC
     step = min(512, triton.next_power_of_2(C))
-    sum_rows[(triton.cdiv(C, step), T)](
-        z_PC, weights_TX, sorted_pairs.row_P, y_TC, C, X=X, STEP=step, EARLY_LAUNCH=early_launch, num_warps=2, launch_pdl=early_launch
-    )
+    run(Launch(
+        kernel=sum_rows, grid=(triton.cdiv(C, step), T), arguments=(z_PC, weights_TX, sorted_pairs.row_P, y_TC, C),
+        constants={"X": X, "STEP": step, "EARLY_LAUNCH": early_launch}, num_warps=2, early_launch=early_launch,
+    ))  # fmt: skip
     return y_TC
 
 

@@ -4,12 +4,15 @@
 # pyright: reportCallIssue=false, reportAssignmentType=false, reportIndexIssue=false
 
 # P pairs (token * X + choice)  E experts  B blocks of pairs  N row tiles
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
+
+from rtpurbo.kernels.launch import Launch
 
 PAIRS = 256  # pairs a program
 SUB = 64  # pairs of a step: a one-hot tile of SUB x experts stays in registers
@@ -30,7 +33,9 @@ class SortedPairs:
     tile_rows: int
 
 
-def sort_pairs(ids_TX: torch.Tensor, num_experts: int, *, tile_rows: int, early_launch: bool) -> SortedPairs:
+def sort_pairs(
+    ids_TX: torch.Tensor, num_experts: int, *, tile_rows: int, early_launch: bool, run: Callable[[Launch], None] = Launch.run
+) -> SortedPairs:
     """Sort the pairs of ids [T, X] (contiguous, 0 <= id < num_experts) without a host synchronisation, in one or two launches."""
     P, device = ids_TX.numel(), ids_TX.device
     blocks = triton.cdiv(P, PAIRS)
@@ -40,15 +45,14 @@ def sort_pairs(ids_TX: torch.Tensor, num_experts: int, *, tile_rows: int, early_
     tiles_N3 = torch.empty(tiles, 3, dtype=torch.int32, device=device)
     columns = max(16, triton.next_power_of_2(num_experts))
     counts_BE = torch.empty(blocks, columns, dtype=torch.int32, device=device)
+    sizes = {"PAIRS": PAIRS, "COLUMNS": columns, "SUB": SUB, "EARLY_LAUNCH": early_launch}
     if blocks > 1:
-        count_pairs[(blocks,)](
-            ids_TX, counts_BE, P, PAIRS=PAIRS, COLUMNS=columns, SUB=SUB, EARLY_LAUNCH=early_launch, launch_pdl=early_launch
-        )
-    place_pairs[(blocks,)](
-        ids_TX, counts_BE, pair_P, row_P, ends_E, tiles_N3, P, num_experts, blocks, tiles,
-        PAIRS=PAIRS, COLUMNS=columns, SUB=SUB, ROWS=tile_rows, ONE_BLOCK=blocks == 1, EARLY_LAUNCH=early_launch, num_warps=8,
-        launch_pdl=early_launch,
-    )  # fmt: skip
+        run(Launch(kernel=count_pairs, grid=(blocks,), arguments=(ids_TX, counts_BE, P), constants=sizes, early_launch=early_launch))
+    run(Launch(
+        kernel=place_pairs, grid=(blocks,),
+        arguments=(ids_TX, counts_BE, pair_P, row_P, ends_E, tiles_N3, P, num_experts, blocks, tiles),
+        constants={**sizes, "ROWS": tile_rows, "ONE_BLOCK": blocks == 1}, num_warps=8, early_launch=early_launch,
+    ))  # fmt: skip
     return SortedPairs(pair_P=pair_P, row_P=row_P, ends_E=ends_E, tiles_N3=tiles_N3, tile_rows=tile_rows)
 
 
