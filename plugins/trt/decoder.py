@@ -55,13 +55,14 @@ class Decoder:
         assert attributes.keys() == node.attributes.keys(), (kind, attributes)
         assert len(inputs) == len(node.inputs), (kind, inputs)
         outputs = [f"{prefix}{port.name}" for port in node.outputs]
+        for i in range(len(outputs)):
+            if (source := node.aliased_input(i)) >= 0:
+                # The graph output itself: an Identity behind it could become a copy of the whole cache.
+                outputs[i] = self.caches[inputs[source]] = f"{inputs[source]}.new"
         plugin = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
         made: NodeProto = helper.make_node(kind, inputs, outputs, name=f"{prefix}{kind}", domain=DOMAIN, **attributes, **plugin)
         self.g.nodes.append(made)
         self.used.append(kind)
-        for i, output in enumerate(outputs):
-            if (source := node.aliased_input(i)) >= 0:
-                self.caches[inputs[source]] = output
         return outputs
 
     def norm(self, x: str, weight: str, eps: float) -> str:

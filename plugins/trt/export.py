@@ -91,11 +91,8 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
     decoder = Decoder(graph, weights, hf_config.to_dict(), manifest, index_dtype)
     layers = [_layer(manifest, i, used, options.dense) for i in range(len(manifest.layers))]
     logits = _write(decoder, layers, _rope_tables(hf_config, positions, weights), positions, bool(hf_config.tie_word_embeddings))
-    caches = {name: f"{name}.new" for name in decoder.caches}
-    for name, value in decoder.caches.items():
-        graph.nodes.append(helper.make_node("Identity", [value], [caches[name]], name=caches[name]))
     graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="logits"))
-    return _model(decoder, layers, caches, artifact, options, positions)
+    return _model(decoder, layers, artifact, options, positions)
 
 
 def _write(decoder: Decoder, layers: list[Layer], tables: tuple[str, str], positions: int, tied: bool) -> str:
@@ -132,10 +129,9 @@ def _layer(manifest: Manifest, index: int, indexer: dict[str, torch.Tensor], den
     )
 
 
-def _model(
-    decoder: Decoder, layers: list[Layer], caches: dict[str, str], artifact: Manifest, options: ExportOptions, positions: int
-) -> Export:
+def _model(decoder: Decoder, layers: list[Layer], artifact: Manifest, options: ExportOptions, positions: int) -> Export:
     """Nodes, initializers, inputs and outputs as one model."""
+    caches = decoder.caches
     inputs = [
         _value("input_ids", TensorProto.INT32, ["batch", "chunk"]),
         _value("lengths", TensorProto.INT32, ["batch"]),
