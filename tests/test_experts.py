@@ -139,7 +139,7 @@ def test_an_implementation_that_is_unknown_or_cannot_run_says_why():
     pytest.importorskip("triton")
     tensors = build(SMALL["one token"], torch.bfloat16, "cpu")
     assert choose_impl(*tensors) == "reference"
-    with pytest.raises(ValueError, match="impl 'cutlass' is not one of auto, reference, triton, library"):
+    with pytest.raises(ValueError, match="impl 'cutlass' is not one of auto, reference, triton, gluon, library"):
         mix_experts(*tensors, impl="cutlass")
     with pytest.raises(ValueError, match="impl 'triton' cannot run: it needs all tensors on one NVIDIA GPU, found cpu"):
         mix_experts(*tensors, impl="triton")
@@ -179,6 +179,32 @@ def test_the_experts_kernels_for_a_few_tokens_compile(capability):
         compile_for(function, names, {}, capability, 4, 2)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_hopper_experts_compile_to_tensor_core_instructions(gated):
+    triton = pytest.importorskip("triton")
+    pytest.importorskip("triton.experimental.gluon")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from rtpurbo.kernels.experts import hopper_kernel as hopper
+
+    function = hopper._grouped_product
+    constants = {"M": hopper.M, "N": hopper.N, "K": hopper.K, "STAGES": hopper.STAGES, "GATED": gated}
+    types = {"tiles_ptr": "*i32", "out_ptr": "*bf16"}
+    for name, rows in (("left_desc", hopper.M // 2), ("weight_desc", hopper.N // 2)):
+        layout = gl.NVMMASharedLayout.get_default_for([rows, hopper.K], gl.bfloat16)  # pyright: ignore[reportCallIssue]
+        types[name] = f"tensordesc<bf16[{rows},{hopper.K}],{layout!r}>"
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in ("out_ptr", "tiles_ptr", "out_columns")}
+    source = GluonASTSource(function, signature, values, hints)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert "wgmma.mma_async" in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 227 * 1024
+
+
 def compile_for(function, constants, types, capability, warps, stages):
     """The kernel for bf16 tensors, built without a GPU."""
     import triton
@@ -198,6 +224,8 @@ def compile_for(function, constants, types, capability, warps, stages):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "num_stages": stages})
 
 
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+hopper = pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
@@ -207,10 +235,14 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
     [
         pytest.param("triton", torch.bfloat16, marks=gpu),
         pytest.param("triton", torch.float16, marks=gpu),
+        pytest.param("gluon", torch.bfloat16, marks=[*gpu, hopper]),
+        pytest.param("gluon", torch.float16, marks=[*gpu, hopper]),
         pytest.param("library", torch.bfloat16, marks=gpu),
     ],
 )
 def test_the_compiled_experts_match_the_formula(impl, dtype, name):
+    if impl == "gluon" and "odd widths" in name:
+        pytest.skip("the Hopper kernel takes multiples of 256 and 128")
     assert error_over_bound(LARGE[name], impl, dtype, "cuda") < 1
 
 

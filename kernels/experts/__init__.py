@@ -9,9 +9,10 @@ from rtpurbo.kernels.experts import reference
 
 __all__ = ["choose_impl", "mix_experts"]
 
-IMPLEMENTATIONS = ("reference", "triton", "library")
+IMPLEMENTATIONS = ("reference", "triton", "gluon", "library")
 FEW_TOKENS = 4  # Up to here pairs that share an expert are rare: reading its weights twice costs less than sorting.
-CHUNK_TOKENS = 8192  # Bounds the workspace: (F + C) * X values a token.
+CHUNK_TOKENS = 8192  # Bounds the workspace: at most (F + 2 C) * X values a token.
+GLUON_ROWS = 96  # From so many rows an expert on average, "auto" takes the Hopper kernel.
 
 
 def mix_experts(
@@ -34,7 +35,7 @@ def mix_experts(
         impl: "auto" or one of IMPLEMENTATIONS; `choose_impl` says what "auto" picks and when one can run.
 
     Returns y [T, C] in x's dtype, with fp32 sums; equal inputs give equal bits. No host synchronisation and no workspace beyond
-    CHUNK_TOKENS * X * (F + C) values, except for "reference".
+    CHUNK_TOKENS * X * (F + 2 C) values, except for "reference".
     Raises ValueError for shapes that do not fit and for an impl that cannot run.
     """
     T, C = x_TC.shape
@@ -74,14 +75,17 @@ def choose_impl(
 ) -> str:
     """The implementation that `mix_experts` runs for these tensors.
 
-    "auto" picks "triton" on an NVIDIA GPU for fp16 and bf16 without gradients, else "reference". A named one is returned as it
-    is, or raises ValueError with what is in its way.
+    "auto" picks, for fp16 and bf16 without gradients on an NVIDIA GPU, "gluon" on Hopper (compute capability 9.0) from GLUON_ROWS
+    rows an expert on, and "triton" otherwise; else "reference". A named one is returned as it is, or raises ValueError with what
+    is in its way. "library" is torch.nn.functional.grouped_mm between the own sort and the own sum.
     """
     if impl == "reference":
         return impl
     tensors = (x_TC, ids_TX, weights_TX, gate_up_EGC, down_ECF)
     if impl == "auto":
-        return "triton" if x_TC.is_cuda and _obstacle("triton", *tensors) is None else "reference"
+        many = ids_TX.numel() >= GLUON_ROWS * gate_up_EGC.shape[0]
+        names = ("gluon", "triton") if many else ("triton",)
+        return next((name for name in names if x_TC.is_cuda and _obstacle(name, *tensors) is None), "reference")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"mix_experts: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")
     obstacle = _obstacle(impl, *tensors)
@@ -111,6 +115,17 @@ def _obstacle(
         return "x's last axis, gate_up and down must be contiguous"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "it has no backward pass and an input needs a gradient"
+    return _hopper_obstacle(x, down) if impl == "gluon" else None
+
+
+def _hopper_obstacle(x: torch.Tensor, down: torch.Tensor) -> str | None:
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability != (9, 0):
+        return f"it needs compute capability 9.0, found {capability[0]}.{capability[1]}"
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "this triton has no Gluon"
+    if down.shape[1] % 256 or down.shape[2] % 128:
+        return f"it needs a hidden width in multiples of 256 and an expert width in multiples of 128, found {tuple(down.shape[1:])}"
     return None
 
 
@@ -122,6 +137,10 @@ def _run(
         from rtpurbo.kernels.experts import library
 
         return library.mix_experts(*tensors)
+    if chosen == "gluon":
+        from rtpurbo.kernels.experts import hopper_kernel
+
+        return hopper_kernel.mix_experts(*tensors)
     hopper = x_TC.is_cuda and torch.cuda.get_device_capability(x_TC.device) == (9, 0)
     if x_TC.shape[0] <= FEW_TOKENS:
         from rtpurbo.kernels.experts import few_kernel
