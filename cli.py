@@ -342,6 +342,19 @@ def bench(
 
 
 @main.command()
+@_json
+def doctor(as_json: bool) -> None:
+    """Say what is installed, what works on this machine, and what to install for the rest."""
+    from rtpurbo.runtime import doctor as run
+
+    findings = run.diagnose()
+    if as_json:
+        click.echo(run.as_json(findings))
+    else:
+        run.render(findings, _console())
+
+
+@main.command()
 @_model
 @click.option("--context", type=int, required=True, help="Tokens per sequence to serve.")
 @click.option("--batch", type=int, default=1, help="Sequences served together.")
