@@ -11,7 +11,8 @@ from rtpurbo.converter.shards import EMBEDDING, INDEX, LM_HEAD, SINGLE
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# Which stack a projection belongs to, and its place among the tensors of one expert there.
+_PROJECTIONS = {"gate_proj": ("gate_up", 0), "up_proj": ("gate_up", 1), "down_proj": ("down", 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class Shard:
 def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[Shard]:
     """Shards of at most `max_shard_bytes` of data, named as transformers names them.
 
-    Order: embedding, layers by number, norm, lm_head. The experts of a layer lie side by side, one stack per projection (all
-    gate_proj by number of the expert, then all up_proj, then all down_proj), so that a stack can be read as one [E, out, in] tensor.
+    Order: embedding, layers by number, norm, lm_head. The experts of a layer lie side by side by number in two stacks, which can be read
+    as the fused tensors of transformers: gate_proj and up_proj of each expert [E, 2 F, hidden], then all down_proj [E, hidden, F].
     A stack, like a single tensor, is never split, so one that is larger than the limit has a shard of its own.
     The format allows no gaps; tensors whose size is no multiple of 8 bytes therefore come last, and all others begin at a multiple of 8.
     ValueError when the experts of one stack differ in dtype or shape.
@@ -72,7 +73,7 @@ def _stacks(tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
 
 def _stack_of(name: str) -> tuple[str, ...]:
     expert = _EXPERT.fullmatch(name)
-    return (expert[1], expert[3]) if expert else (name,)
+    return (expert[1], _PROJECTIONS[expert[3]][0]) if expert else (name,)
 
 
 def _misaligned(info: TensorInfo) -> int:
@@ -82,7 +83,8 @@ def _misaligned(info: TensorInfo) -> int:
 
 def _place(name: str) -> tuple[int, int, int, str, int]:
     if expert := _EXPERT.fullmatch(name):
-        return (1, int(expert[1]), 1 + _PROJECTIONS.index(expert[3]), "", int(expert[2]))
+        stack, part = _PROJECTIONS[expert[3]]
+        return (1, int(expert[1]), 1 + (stack == "down"), "", 2 * int(expert[2]) + part)
     if layer := _LAYER.fullmatch(name):
         return (1, int(layer[1]), 0, layer[2], 0)
     return ({EMBEDDING: 0, LM_HEAD: 3}.get(name, 2), 0, 0, name, 0)

@@ -1,5 +1,6 @@
 """The exported ONNX model, run by its function bodies in ONNX Runtime, against the PyTorch runtime; and what the export refuses."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from onnx_engine import OnnxEngine
 from test_runtime_equality import CASES, ROPE, random_ids
 from tiny_checkpoints import edit_json
 
+from rtpurbo.converter.checkpoint import open_checkpoint
+from rtpurbo.converter.package import write_artifact
 from rtpurbo.plugins.trt.export import Export, ExportOptions, export
 from rtpurbo.plugins.trt.nodes import DECODE, PREFILL
 from rtpurbo.runtime.loader import load
@@ -147,6 +150,23 @@ def test_weights_of_the_same_dtype_stay_in_the_artifacts_own_files(artifact: Pat
     assert exported.external_bytes == stored
     rope, index = 2 * 1024 * 8 * 4, sum(t.numel() * 4 for t in eager.load_file(artifact / "indexer.safetensors").values())
     assert exported.copied_bytes == rope + index
+
+
+def test_the_experts_of_a_converted_model_are_used_where_they_lie(tmp_path: Path) -> None:
+    _, groups, retrieval, keys = CASES["qwen3_moe"]
+    manifest = eager.save_artifact(tmp_path / "made", eager.tiny_config("qwen3_moe", groups=groups), retrieval, keys=keys)
+    checkpoint = open_checkpoint(str(tmp_path / "made"), work=tmp_path / "work")
+    indexer = eager.load_file(tmp_path / "made" / "indexer.safetensors")
+    unlisted = dataclasses.replace(manifest, files={})
+    write_artifact(
+        tmp_path / "converted", checkpoint, unlisted, indexer=indexer, student={}, recipe_toml="", metrics={}, max_shard_bytes=60_000
+    )
+    made, converted = export(tmp_path / "made"), export(tmp_path / "converted")
+    experts = 3 * 4 * 3 * 32 * 48 * 4
+    assert made.copied_bytes - converted.copied_bytes == experts
+    assert converted.external_bytes == checkpoint.size_bytes
+    assert len(list((tmp_path / "converted").glob("model-*.safetensors"))) > 1
+    assert_equals_runtime(tmp_path / "converted")
 
 
 @pytest.mark.parametrize(

@@ -161,24 +161,27 @@ def test_the_experts_of_a_layer_lie_side_by_side_in_the_order_of_their_numbers(
     out = tmp_path / "artifact"
     write(out, checkpoint, max_shard_bytes=max_shard_bytes)
     headers = {path: header_of(path) for path in out.glob("model*.safetensors")}
+    model = AutoModelForCausalLM.from_pretrained(out)
     for header in headers.values():
         assert all(entry["data_offsets"][0] % 8 == 0 for entry in header.values())
     for layer in (0, 2):
         stack_ends = []
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            names = [f"model.layers.{layer}.mlp.experts.{e}.{part}.weight" for e in range(12)]
+        for parts in (("gate_proj", "up_proj"), ("down_proj",)):
+            names = [f"model.layers.{layer}.mlp.experts.{e}.{part}.weight" for e in range(12) for part in parts]
             (path,) = (path for path, header in headers.items() if names[0] in header)
             offsets = [headers[path][name]["data_offsets"] for name in names]
             size = offsets[0][1] - offsets[0][0]
-            assert [begin for begin, _ in offsets] == [offsets[0][0] + e * size for e in range(12)]
+            assert [begin for begin, _ in offsets] == [offsets[0][0] + i * size for i in range(len(names))]
             stack_ends.append((path, offsets[0][0], offsets[-1][1]))
-            # One view of the bytes is the stack of all experts.
+            # One view of the bytes is the stack of all experts, as transformers stacks them.
             start = 8 + int.from_bytes(path.read_bytes()[:8], "little")
             raw = bytearray(path.read_bytes()[start + offsets[0][0] : start + offsets[-1][1]])
-            stack = torch.frombuffer(raw, dtype=torch.float32).view(12, *headers[path][names[0]]["shape"])
-            assert torch.equal(stack, torch.stack([read_tensor(checkpoint.tensors[name]) for name in names]))
+            rows, width = headers[path][names[0]]["shape"]
+            stack = torch.frombuffer(raw, dtype=torch.float32).view(12, len(parts) * rows, width)
+            fused = "gate_up_proj" if len(parts) == 2 else "down_proj"
+            assert torch.equal(stack, model.state_dict()[f"model.layers.{layer}.mlp.experts.{fused}"])
         if max_shard_bytes > 1 << 30:
-            assert [end for _, _, end in stack_ends[:-1]] == [begin for _, begin, _ in stack_ends[1:]]
+            assert stack_ends[0][2] == stack_ends[1][1]
 
 
 def test_layers_are_written_in_the_order_of_their_numbers(tmp_path: Path):
