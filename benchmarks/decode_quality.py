@@ -16,6 +16,7 @@ from rtpurbo.manifests.manifest import Manifest
 # block_oracle, token_oracle: the fewest blocks or tokens whose true attention mass reaches top_p, nothing forced.
 SETS = ("selected", "exact", "block_oracle", "token_oracle")
 MEASURES = ("blocks", "tokens", "token_share", "mass", "output_error")
+STRONG = 0.1
 
 
 @torch.no_grad()
@@ -100,27 +101,42 @@ def nucleus(mass: torch.Tensor, top_p: float) -> torch.Tensor:
     return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, sorted_mass.cumsum(dim=-1) - sorted_mass < top_p)
 
 
-def summary(captured: Captured, result: dict[str, torch.Tensor], kinds: dict[str, slice]) -> list[dict[str, Any]]:
+def summary(captured: Captured, manifest: Manifest, result: dict[str, torch.Tensor], kinds: dict[str, slice]) -> list[dict[str, Any]]:
     """One record a head, kind of row and set: the mean of every measure over the rows, and the largest output error."""
+    scores = manifest.layers[captured.layer].scores
     records = []
     for n, head in enumerate(captured.heads):
         for kind, rows in kinds.items():
             for name in SETS:
                 values = result[name][n, rows]
-                record = {"layer": captured.layer, "head": head, "rows": kind, "set": name}
+                record = {"layer": captured.layer, "head": head, "score": scores[head], "rows": kind, "set": name}
                 record |= {measure: round(value, 5) for measure, value in zip(MEASURES, values.mean(dim=0).tolist(), strict=True)}
                 records.append({**record, "output_error_max": round(values[:, -1].max().item(), 5)})
     return records
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """Means over the heads, with the lowest and highest head in brackets, for each length, kind of row and set."""
+    """Means over the heads, with the lowest and highest head in brackets, for each length, kind of row and set.
+
+    First all retrieval heads, then those whose retrieval score is at least STRONG: others came in with their KV group.
+    """
+    parts = [f"All {_num_heads(records)} retrieval heads.\n\n{_table(records)}"]
+    if strong := [record for record in records if record["score"] >= STRONG]:
+        parts.append(f"The {_num_heads(strong)} of them with a retrieval score of at least {STRONG}.\n\n{_table(strong)}")
+    return "\n".join(parts)
+
+
+def _num_heads(records: Sequence[dict[str, Any]]) -> int:
+    return len({(record["layer"], record["head"]) for record in records})
+
+
+def _table(records: Sequence[dict[str, Any]]) -> str:
     lines = ["| tokens | rows | set | " + " | ".join(MEASURES) + " |", "|---|---|---|" + "---|" * len(MEASURES)]
     for key in dict.fromkeys((r["length"], r["rows"], r["set"]) for r in records):
         group = [r for r in records if (r["length"], r["rows"], r["set"]) == key]
         cells = []
         for name in MEASURES:
             values = [r[name] for r in group]
-            cells.append(f"{sum(values) / len(values):.4g} ({min(values):.3g} ... {max(values):.3g})")
+            cells.append(f"{sum(values) / len(values):.3g} ({min(values):.2g} ... {max(values):.2g})")
         lines.append("| " + " | ".join([*map(str, key), *cells]) + " |")
     return "\n".join(lines) + "\n"

@@ -187,7 +187,7 @@ def decode_records(bench: Bench, artifact: Path, manifest: Manifest, prompts: di
             if captured.layer == layers[0]:
                 save_captured(captured, bench.work / f"captured-{length}.safetensors")
             result = decode_quality.measure(captured, manifest, rows)
-            for record in decode_quality.summary(captured, result, kinds):
+            for record in decode_quality.summary(captured, manifest, result, kinds):
                 yield {"length": length, **record}
 
 

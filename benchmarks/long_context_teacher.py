@@ -103,7 +103,7 @@ def tune(source: Checkpoint, material: Material, recipe: TeacherRecipe, *, devic
         step = step_of(material, recipe, n)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16), fast_attention():
             loss = loss_of(model, step, device)
-            loss.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

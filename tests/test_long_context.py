@@ -233,7 +233,9 @@ def test_the_selection_of_a_row_does_not_see_later_tokens():
 def test_the_table_names_every_length_kind_and_set():
     captured, manifest = peaked(600), manifest_of([[0, 1]], heads=2, groups=1, head_dim=16)
     result = decode_quality.measure(captured, manifest, [599, 500, 450])
-    records = decode_quality.summary(captured, result, {"answer": slice(0, 1), "text": slice(1, None)})
+    records = decode_quality.summary(captured, manifest, result, {"answer": slice(0, 1), "text": slice(1, None)})
     assert len(records) == 2 * 2 * len(decode_quality.SETS)
     table = decode_quality.table([{"length": 600, **record} for record in records])
-    assert table.count("\n") == 2 + 2 * len(decode_quality.SETS)
+    assert table.count("| 600 |") == 2 * 2 * len(decode_quality.SETS)
+    weak = decode_quality.table([{"length": 600, **record, "score": 0.05} for record in records])
+    assert weak.count("| 600 |") == 2 * len(decode_quality.SETS)
