@@ -8,6 +8,7 @@ host for each expert's tokens and is timed as single calls.
 # T tokens  X experts a token  E experts  C hidden width  F expert width
 import argparse
 import functools
+import itertools
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 
 from rtpurbo.kernels.bench import READ_BANDWIDTH_GB_S, time_graph, versions, write_csv
 from rtpurbo.kernels.experts import mix_experts
+from rtpurbo.kernels.router import route_tokens
 
 E, X, C, F, LAYERS = 128, 8, 2048, 768, 4
 EXPERT_BYTES = 3 * C * F * 2
@@ -97,6 +99,23 @@ def rows(lengths: list[int], impls: list[str]):
             del steps
 
 
+def torch_route(logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routing as transformers' Qwen3MoeTopKRouter does it."""
+    weights_TX, ids_TX = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).topk(X, dim=-1)
+    return ids_TX, (weights_TX / weights_TX.sum(dim=-1, keepdim=True)).to(logits_TE.dtype)
+
+
+def route_rows(lengths: list[int]):
+    """The step before the experts, from router logits: own kernel and PyTorch's operations."""
+    for tokens in lengths:
+        logits = [random(tokens, E, scale=1.0) for _ in range(16)]
+        own = functools.partial(route_tokens, num_chosen=X, normalize=True)
+        for impl, route in (("route, triton", own), ("route, torch", torch_route)):
+            timing = time_graph([functools.partial(route, x) for x in logits], replays=20)
+            timed = {"median_us": timing.median_us, "low_us": timing.low_us, "high_us": timing.high_us}
+            yield {"tokens": tokens, "impl": impl, **{name: round(value, 2) for name, value in timed.items()}}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192])
@@ -104,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="CSV")
     options = parser.parse_args()
     found = []
-    for row in rows(options.tokens, options.impl):
+    for row in itertools.chain(route_rows([1, 64, 8192]), rows(options.tokens, options.impl)):
         found.append({**row, **versions()})
         print(*(f"{key} {value}" for key, value in row.items()), sep="  ", flush=True)
         write_csv(options.out, found)
