@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_engine import OnnxEngine
 from test_runtime_equality import CASES, ROPE, random_ids
 from tiny_checkpoints import edit_json
 
@@ -17,6 +16,7 @@ from rtpurbo.converter.checkpoint import open_checkpoint
 from rtpurbo.converter.package import write_artifact
 from rtpurbo.plugins.trt.export import Export, ExportOptions, export
 from rtpurbo.plugins.trt.nodes import DECODE, PREFILL
+from rtpurbo.plugins.trt.onnx_engine import OnnxEngine
 from rtpurbo.runtime.loader import load
 
 TOLERANCE = 1e-3
@@ -92,6 +92,16 @@ def test_a_chunk_longer_than_the_ring_and_unusual_sinks_are_exact(tmp_path: Path
     assert_equals_runtime(tmp_path, chunk=113)
 
 
+def test_bfloat16_index_keys_are_rounded_once_and_select_as_the_runtime_does(tmp_path: Path) -> None:
+    eager.save_artifact(tmp_path, eager.tiny_config("qwen3", layers=2), [[0, 5], [4, 5, 6, 7]], key_dtype="bfloat16")
+    assert_equals_runtime(tmp_path)
+
+
+def test_caches_that_onnx_runtime_cannot_compute_with_are_refused(artifact: Path) -> None:
+    with pytest.raises(ValueError, match=r"layers\.0\.\w+ is BFLOAT16, wanted FLOAT or FLOAT16"):
+        OnnxEngine(export(artifact, ExportOptions(dtype="bfloat16")), artifact, 1, CAPACITY)
+
+
 def test_scaled_rope_tables_are_the_models_own(tmp_path: Path) -> None:
     config = eager.tiny_config("llama", layers=2, tie_word_embeddings=True, rope_parameters=ROPE["yarn"])
     eager.save_artifact(tmp_path, config, [[0, 5], [4, 5, 6, 7]])
@@ -104,10 +114,10 @@ def test_an_idle_row_changes_neither_its_caches_nor_the_other_rows_logits(artifa
     rows = [random_ids(90, 1), random_ids(70, 2)]
     for engine in (both, one):
         engine.prefill(rows, CHUNK)
-    before = {name: cache[1].copy() for name, cache in one.caches.items()}
+    before = {name: cache.numpy()[1].copy() for name, cache in one.caches.items()}
     want, got = both.step([[5], [6]], DECODE), one.step([[5], []], DECODE)
     assert np.array_equal(got[0], want[0])
-    assert all(np.array_equal(cache[1], before[name]) for name, cache in one.caches.items())
+    assert all(np.array_equal(cache.numpy()[1], before[name]) for name, cache in one.caches.items())
     assert one.lengths.tolist() == [91, 70]
 
 
