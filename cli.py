@@ -32,10 +32,13 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("interrupted; a conversion continues with --resume", err=True)
+            more = "; the conversion continues with --resume" if ctx.invoked_subcommand in ("convert", "calibrate") else ""
+            click.echo(f"interrupted{more}", err=True)
             ctx.exit(130)
         except click.UsageError as error:
             raise _misused(error) from error
+        except BrokenPipeError:  # `rtpurbo ... | head`: click ends quietly
+            raise
         except (ValueError, OSError) as error:
             raise _Refusal(_sentence(error)) from error
         except (MemoryError, RuntimeError) as error:
@@ -116,7 +119,7 @@ _work = click.option("--work", required=True, type=click.Path(path_type=Path), h
 _out = click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to create.")
 
 
-@main.command()
+@main.command(short_help="Convert a model into an artifact, all steps.")
 @_model
 @_out
 @_resume
@@ -127,10 +130,11 @@ _out = click.option("--out", required=True, type=click.Path(path_type=Path), hel
 def convert(model: str, out: Path, resume: bool, revision: str | None, keep_work: bool, as_json: bool, **options: Any) -> None:
     """Convert MODEL (Hub id, folder or `demo`) into an artifact: calibrate, align, distil, package."""
     from rtpurbo.converter.convert import convert as run
+    from rtpurbo.converter.progress import Progress
     from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest
 
     recipe = _recipe(model, options)
-    with _Progress() as report:
+    with Progress() as report:
         if recipe.preset == "demo":
             report.note("preset demo: window, lengths and steps are scaled down for a CPU; it shows the path, not the paper's quality")
         run(model, out, recipe=recipe, resume=resume, revision=revision, keep_work=keep_work, report=report)
@@ -141,7 +145,7 @@ def convert(model: str, out: Path, resume: bool, revision: str | None, keep_work
         click.echo(f"{out}: {manifest.num_retrieval_heads} retrieval heads, {manifest.num_retained_groups} full KV groups")
 
 
-@main.command()
+@main.command(short_help="Score the heads and choose their roles.")
 @_model
 @_work
 @_resume
@@ -151,34 +155,37 @@ def calibrate(model: str, work: Path, resume: bool, revision: str | None, **opti
     """Score the heads of MODEL on needle documents and choose their roles."""
     from rtpurbo.converter.conversion import begin
     from rtpurbo.converter.convert import run_calibration
+    from rtpurbo.converter.progress import Progress
 
-    with _Progress() as report:
+    with Progress() as report:
         run_calibration(begin(model, work, recipe=_recipe(model, options), resume=resume, revision=revision, report=report))
 
 
-@main.command("train-indexer")
+@main.command("train-indexer", short_help="Stage 1: align the indexer.")
 @_work
 def train_indexer(work: Path) -> None:
     """Stage 1: align the indexer of a calibrated work folder."""
     from rtpurbo.converter.conversion import reopen
     from rtpurbo.converter.convert import run_indexer
+    from rtpurbo.converter.progress import Progress
 
-    with _Progress() as report:
+    with Progress() as report:
         run_indexer(reopen(work, report=report))
 
 
-@main.command()
+@main.command(short_help="Stage 2: distil the sparse model.")
 @_work
 def distill(work: Path) -> None:
     """Stage 2: distil the sparse model of a work folder on the original."""
     from rtpurbo.converter.conversion import reopen
     from rtpurbo.converter.convert import run_distillation
+    from rtpurbo.converter.progress import Progress
 
-    with _Progress() as report:
+    with Progress() as report:
         run_distillation(reopen(work, report=report))
 
 
-@main.command()
+@main.command(short_help="Write the artifact of a finished work folder.")
 @_work
 @_out
 def package(work: Path, out: Path) -> None:
@@ -186,9 +193,10 @@ def package(work: Path, out: Path) -> None:
     from rtpurbo.converter.conversion import reopen
     from rtpurbo.converter.convert import run_package
     from rtpurbo.converter.package import refuse_existing
+    from rtpurbo.converter.progress import Progress
 
     refuse_existing(out)
-    with _Progress() as report:
+    with Progress() as report:
         run_package(reopen(work, report=report), out)
 
 
@@ -197,17 +205,17 @@ def _loading(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")(command)
 
 
-@main.command()
+@main.command(short_help="Generate text from an artifact.")
 @click.argument("artifact")
 @click.option("-p", "--prompt", multiple=True, help="Prompt text; may be given several times for one batch.")
 @click.option("--prompt-file", type=click.Path(path_type=Path, dir_okay=False), multiple=True, help="File with one prompt; may repeat.")
 @click.option("--chat/--no-chat", default=True, help="Use the chat template, where the artifact has one.")
-@click.option("--max-new-tokens", type=int, default=256)
+@click.option("--max-new-tokens", type=int, default=256, help="Tokens generated at most.")
 @click.option("--temperature", type=float, default=0.0, help="0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="0 is off.")
 @click.option("--top-p", type=float, default=1.0, help="Nucleus sampling; not the selection's top-p.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may repeat.")
-@click.option("--seed", type=int, default=0)
+@click.option("--seed", type=int, default=0, help="Same seed, same tokens.")
 @click.option("--prefill-chunk", type=int, default=1024, help="Prompt tokens processed at a time.")
 @click.option("--roles", type=click.Choice(["manifest", "all-local", "all-retrieval"]), default="manifest", help="Roles, or an ablation.")
 @click.option("--selection-top-p", type=float, default=None, help="Replace the manifest's selection top-p (1: retrieval heads dense).")
@@ -232,9 +240,11 @@ def generate(
     """Generate from an ARTIFACT (folder or Hub id); prompts come from options, files or standard input."""
     from rtpurbo.runtime.loader import load
 
-    prompts = [*prompt, *(_decoded(path.read_bytes(), str(path)) for path in prompt_file)] or [
-        _decoded(sys.stdin.buffer.read(), "standard input")
-    ]
+    prompts = [*prompt, *(_decoded(path.read_bytes(), str(path)) for path in prompt_file)]
+    if not prompts:
+        if sys.stdin.isatty():
+            click.echo("reading the prompt from standard input; end it with Ctrl-D", err=True)
+        prompts = [_decoded(sys.stdin.buffer.read(), "standard input")]
     runtime = load(artifact, device=device, dtype=dtype, roles=roles, revision=revision, top_p=selection_top_p)
     streaming = stream and not as_json and len(prompts) == 1
     chat = chat and getattr(runtime.tokenizer, "chat_template", None) is not None
@@ -249,7 +259,7 @@ def generate(
             click.echo(answer.text if len(answers) == 1 else f"[{i}] {answer.text}")
 
 
-@main.command()
+@main.command(short_help="Show roles, scores and cache sizes.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Heat map of the scores as .png or .svg.")
 @_json
@@ -267,7 +277,7 @@ def inspect(artifact: Path, plot_file: Path | None, as_json: bool) -> None:
         render(manifest, _console())
 
 
-@main.command()
+@main.command(short_help="Check an artifact, and sparse against dense.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--tokens", "num_tokens", type=int, default=512, help="Length of the text on which sparse and dense are compared.")
 @_loading
@@ -294,7 +304,7 @@ class _Numbers(click.ParamType):
             self.fail(f"{value!r} is not a list of whole numbers such as 4096,32768", param, ctx)
 
 
-@main.command()
+@main.command(short_help="Measure times and memory of an artifact.")
 @click.argument("artifact")
 @click.option("--tokens", type=_Numbers(), default="4096,32768", help="Prompt lengths.")
 @click.option("--batch", type=_Numbers(), default="1", help="Batch sizes.")
@@ -341,7 +351,7 @@ def bench(
         bench_report.render(rows, _console())
 
 
-@main.command()
+@main.command(short_help="Say what is installed and what works here.")
 @_json
 def doctor(as_json: bool) -> None:
     """Say what is installed, what works on this machine, and what to install for the rest."""
@@ -354,7 +364,7 @@ def doctor(as_json: bool) -> None:
         run.render(findings, _console())
 
 
-@main.command()
+@main.command(short_help="Memory and time of a model, from its config.")
 @_model
 @click.option("--context", type=int, required=True, help="Tokens per sequence to serve.")
 @click.option("--batch", type=int, default=1, help="Sequences served together.")
@@ -382,7 +392,7 @@ def plan(model: str, context: int, batch: int, revision: str | None, as_json: bo
         planned.render(_console())
 
 
-@main.command()
+@main.command(short_help="Upload an artifact to the Hub.")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Create the repository as private.")
@@ -416,51 +426,6 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_shown(entry)}" for name, entry in value.items())
     return str(value)
-
-
-class _Progress:
-    """Draws a conversion's stages on standard error: bars on a terminal, a line a stage elsewhere. A converter.conversion.Reporter."""
-
-    def __enter__(self) -> "_Progress":
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._console = Console(stderr=True, soft_wrap=not sys.stderr.isatty())
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, TextColumn("{task.fields[facts]}"), console=self._console, disable=not self._console.is_terminal)
-        self._bars.start()
-        self._task: Any = None
-        self._stage, self._done, self._total, self._facts = "", 0, 0, ""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._finish()
-        self._bars.stop()
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of `total` units begins."""
-        self._finish()
-        self._stage, self._done, self._total, self._facts = name, 0, total, ""
-        self._task = self._bars.add_task(name, total=total, facts="")
-        if not self._console.is_terminal:
-            self._console.print(f"{name} ...", markup=False)
-
-    def advance(self, facts: Mapping[str, Any]) -> None:
-        """One unit of the stage is done."""
-        self._done += 1
-        # A resumed stage says at which step it goes on.
-        self._done = int(facts["step"]) + 1 if "step" in facts else self._done
-        self._facts = " ".join(f"{name} {facts[name]:.4g}" for name in ("kl", "loss", "learning_rate") if name in facts)
-        self._bars.update(self._task, completed=self._done, facts=self._facts)
-
-    def note(self, text: str) -> None:
-        """A fact worth a line."""
-        self._console.print(text, markup=False, highlight=False)
-
-    def _finish(self) -> None:
-        if self._stage and not self._console.is_terminal:
-            self._console.print(f"{self._stage}: {self._done} of {self._total} {self._facts}".rstrip(), markup=False)
-        self._stage = ""
 
 
 __all__ = ["RECIPE_NAME", "main"]

@@ -166,6 +166,8 @@ class Manifest:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: cannot be read (no such file: {path.parent} is not a converted model)") from error
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
         return cls.from_json(text, str(path))

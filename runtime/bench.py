@@ -215,6 +215,7 @@ def _measure(subject: Subject, options: BenchOptions, row: BenchRow, prompts: Sy
         tokens_per_s=row.batch / step_s,
         prompt_tokens_per_s=row.batch * row.tokens / statistics.median(first),
         cache_bytes=cache_bytes,
+        plan_cache_bytes=_planned(subject, row, capacity),
         peak_bytes=torch.cuda.max_memory_allocated(runtime.device) if on_gpu else None,
     )
 
@@ -235,8 +236,6 @@ def _run(runtime: Served, state: Any, ids_BT: torch.Tensor, chunk: int, new_toke
 
 def _blank(subject: Subject, options: BenchOptions, mode: Mode, tokens: int, batch: int) -> BenchRow:
     manifest: Manifest = subject.runtime.manifest
-    capacity = tokens + options.new_tokens
-    sizes = plan(subject.config, context=capacity, batch=batch, options=PlanOptions(roles=manifest, kv_bytes=subject.dtype.itemsize))
     short = mode == "sparse" and tokens < manifest.dense_below
     return BenchRow(
         form=subject.form,
@@ -246,11 +245,16 @@ def _blank(subject: Subject, options: BenchOptions, mode: Mode, tokens: int, bat
         new_tokens=options.new_tokens,
         chunk=options.chunk,
         dtype=str(subject.dtype).removeprefix("torch."),
-        plan_cache_bytes=sizes.dense_cache_bytes(capacity, batch) if mode == "dense" else sizes.cache_bytes(capacity, batch),
         note=f"below dense_below {manifest.dense_below}: generate runs such prompts dense" if short else "",
         device=_device_name(subject.runtime.device),
         versions=_versions(),
     )
+
+
+def _planned(subject: Subject, row: BenchRow, capacity: int) -> int:
+    options = PlanOptions(roles=subject.runtime.manifest, kv_bytes=subject.dtype.itemsize)
+    sizes = plan(subject.config, context=capacity, batch=row.batch, options=options)
+    return sizes.dense_cache_bytes(capacity, row.batch) if row.mode == "dense" else sizes.cache_bytes(capacity, row.batch)
 
 
 def _with_speedup(pair: list[BenchRow]) -> list[BenchRow]:

@@ -63,8 +63,8 @@ def check_outputs(csv_file: Path | None, plot_file: Path | None) -> None:
     for path in (csv_file, plot_file):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}")
-        if path is not None and path.is_dir():
-            raise ValueError(f"{path} is a folder, wanted a file")
+        if path is not None and path.exists() and not path.is_file():
+            raise ValueError(f"{path} is there and not a file")
     if plot_file is None:
         return
     if plot_file.suffix not in (".png", ".svg"):

@@ -80,6 +80,8 @@ def device_of(device: str) -> torch.device:
 
 def artifact_folder(source: str | Path, revision: str | None = None) -> Path:
     """The folder of a local artifact, or of a downloaded Hub snapshot; ValueError with the reason when there is neither."""
+    if not str(source):
+        raise ValueError("the artifact's name is empty, wanted a folder or a Hub id user/repo")
     folder = Path(source)
     if folder.is_dir():
         if revision is not None:

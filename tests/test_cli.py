@@ -131,9 +131,11 @@ def test_without_arguments_and_with_help_every_command_is_explained(cli):
     for arguments in ([], ["--help"], ["-h"]):
         run = cli(*arguments)
         text = run.out + run.err
-        for command in ("convert", "generate", "inspect", "verify", "plan", "push", "calibrate", "train-indexer", "distill", "package"):
+        for command in ("convert", "generate", "inspect", "verify", "bench", "doctor", "plan", "push", "calibrate", "distill", "package"):
             assert command in text
             assert cli(command, "--help").code == 0
+        # Every command's line says what it does, to its full stop.
+        assert "..." not in text.split("Commands:")[1]
     assert "[paper: 0.15]" in " ".join(cli("convert", "-h").out.split())
 
 
@@ -218,6 +220,47 @@ def test_verify_prints_a_line_a_fact_or_json(cli, artifact):
     report = json.loads(run.out)
     text = cli("verify", artifact, "--tokens", 96)
     assert [line.split(":")[0] for line in text.out.splitlines()] == list(report)
+
+
+def test_bench_prints_a_table_or_json_and_writes_csv_and_a_plot(cli, artifact, tmp_path):
+    common = ["bench", artifact, "--new-tokens", 3, "--repeat", 1, "--chunk", 64]
+    run = cli(*common, "--tokens", "40,1023", "--batch", "1,2", "--json", "--csv", tmp_path / "rows.csv", "--plot", tmp_path / "rows.svg")
+    assert run.code == 0, run.err
+    rows = json.loads(run.out)
+    assert [(row["tokens"], row["batch"], row["mode"]) for row in rows[:5]] == [
+        (40, 1, "sparse"), (40, 1, "dense"), (40, 2, "sparse"), (40, 2, "dense"), (1023, 1, "sparse"),
+    ]  # fmt: skip
+    assert all(row["ttft_s"] > 0 and row["token_ms"] > 0 for row in rows[:4])
+    assert all(row["ttft_s"] is None and row["note"] == "1026 tokens exceed the model's max_position_embeddings 1024" for row in rows[4:])
+    assert len(run.err.splitlines()) == len(rows) == 8
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 9
+    assert (tmp_path / "rows.svg").read_bytes().startswith(b"<?xml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.csv", "rows.svg"]
+    table = cli(*common, "--tokens", "40", "--no-dense")
+    assert table.code == 0
+    assert "100.0%" in table.out
+    assert "dense" not in table.out
+    nothing = cli(*common, "--tokens", "1023", "--no-dense")
+    refused(nothing, "no row could run", "max_position_embeddings 1024", progress=True)
+
+
+def test_doctor_says_what_is_there_and_ends_well(cli):
+    run = cli("doctor", "--json")
+    assert (run.code, run.err) == (0, "")
+    body = json.loads(run.out)
+    assert list(body) == ["installed", "device", "works"]
+    assert next(entry for entry in body["installed"] if entry["name"] == "torch")["status"] == "ok"
+    assert next(entry for entry in body["works"] if entry["name"] == "reference kernels")["status"] == "ok"
+
+
+def test_a_prompt_is_asked_for_when_standard_input_is_a_terminal(artifact):
+    primary, secondary = os.openpty()
+    command = [sys.executable, "-m", "rtpurbo.cli", "generate", str(artifact), "--max-new-tokens", "2", "--device", "cpu"]
+    program = subprocess.Popen(command, stdin=secondary, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    os.write(primary, b"a question\n\x04")
+    out, err = program.communicate(timeout=120)
+    assert (program.returncode, err) == (0, "reading the prompt from standard input; end it with Ctrl-D\n")
+    assert out.endswith("\n")
 
 
 def test_plan_reads_a_folder_a_hub_id_and_an_artifacts_own_roles(cli, model, artifact):
@@ -404,6 +447,7 @@ READERS: dict[str, list[Any]] = {
     "inspect": [],
     "verify": ["--tokens", 64],
     "generate": ["-p", "x"],
+    "bench": ["--tokens", 8],
     "push": ["user/tampered"],
 }
 
@@ -434,7 +478,7 @@ def test_a_tampered_manifest_is_refused_by_every_reader(command, tamper, cli, hu
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "indexer.safetensors", "config.json", "tokenizer.json"])
-@pytest.mark.parametrize("command", ["verify", "generate", "push"])
+@pytest.mark.parametrize("command", ["verify", "generate", "bench", "push"])
 def test_a_changed_or_missing_file_is_refused_by_every_reader_of_files(command, name, cli, hub, copied, tmp_path):
     path = copied / name
     content = bytearray(path.read_bytes())
@@ -527,6 +571,36 @@ def test_conversion_options_out_of_range_are_refused_by_name(options, named, cli
         ("verify ARTIFACT --dtype int4", "int4"),
         ("verify ARTIFACT --device cuda:77", "cuda:77"),
         ("verify none", "none"),
+        ("verify ARTIFACT --tokens x", "--tokens"),
+        ("verify empty", "empty is not a converted model"),
+        ("inspect empty", "empty is not a converted model"),
+        ("generate empty -p x", "empty is not a converted model"),
+        ("generate latin.txt -p x", "latin.txt is a file"),
+        ("generate none -p x", "none: there is no such folder"),
+        ("generate ARTIFACT -p x --seed x", "--seed"),
+        ("generate ARTIFACT -p x --device cuda:x", "cuda:x"),
+        ("generate ARTIFACT --prompt-file empty", "empty"),
+        ("generate ARTIFACT x", "extra argument"),
+        ("bench ARTIFACT --tokens 0", "tokens is 0"),
+        ("bench ARTIFACT --tokens 64K", "64K"),
+        ("bench ARTIFACT --tokens 64,,128", "64,,128"),
+        ("bench ARTIFACT --tokens 8 --batch 0", "batch is 0"),
+        ("bench ARTIFACT --tokens 8 --batch 1.5", "--batch"),
+        ("bench ARTIFACT --tokens 8 --new-tokens 1", "new_tokens is 1"),
+        ("bench ARTIFACT --tokens 8 --chunk 0", "chunk is 0"),
+        ("bench ARTIFACT --tokens 8 --repeat 0", "repeat is 0"),
+        ("bench ARTIFACT --tokens 8 --csv none/rows.csv", "none/rows.csv"),
+        ("bench ARTIFACT --tokens 8 --csv empty", "empty"),
+        ("bench ARTIFACT --tokens 8 --plot rows.bmp", "rows.bmp"),
+        ("bench ARTIFACT --tokens 8 --device cuda:77", "cuda:77"),
+        ("bench ARTIFACT --tokens 8 --dtype int4", "int4"),
+        ("bench ARTIFACT --tokens 8 --revision main", "revision"),
+        ("bench latin.txt", "latin.txt is a file"),
+        ("bench empty", "empty is not a converted model"),
+        ("bench none", "none"),
+        ("bench", "ARTIFACT"),
+        ("doctor ARTIFACT", "extra argument"),
+        ("doctor --xml", "--xml"),
         ("plan ARTIFACT", "--context"),
         ("plan ARTIFACT --context 0", "context"),
         ("plan ARTIFACT --context 512 --batch 0", "batch"),
@@ -541,6 +615,7 @@ def test_conversion_options_out_of_range_are_refused_by_name(options, named, cli
 )
 def test_options_of_the_other_commands_are_refused_by_name(arguments, named, cli, artifact, tmp_path):
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "empty").mkdir()
     filled = [str(artifact) if word == "ARTIFACT" else word for word in arguments.split()]
     refused_without_trace(cli, tmp_path, filled, named)
 
