@@ -43,6 +43,18 @@ CASES = {
     "dense before any role": Case(T=50, retrieval_counts=(1,), dense=True, lengths=(40,)),
 }
 
+LARGE = {
+    "layout A": Case(T=1500, retrieval_counts=(5,), lengths=(3000,), K=4, G=8, D=128, window=700, block=128),
+    "layout B": Case(T=700, retrieval_counts=(2, 1, 1, 1), lengths=(2304,), K=4, G=8, D=128, window=700, block=128),
+    "layout C": Case(T=700, retrieval_counts=(8,), lengths=(2304,), K=4, G=8, D=128, window=700, block=128),
+    "one token": Case(T=1, retrieval_counts=(2,), lengths=(500,), K=2, G=3, D=64, window=100, block=128),
+    "no retrieval head": Case(T=300, retrieval_counts=(), lengths=(1000,), K=2, G=4, D=64, window=200, block=128),
+    "different lengths in one call": Case(
+        T=600, retrieval_counts=(2, 1), lengths=(0, 13, 2500, 3000), counts=(600, 517, 0, 333), K=3, G=4, D=64, window=400, block=128
+    ),
+    "dense before any role": Case(T=500, retrieval_counts=(1,), dense=True, lengths=(400,), K=2, G=4, D=128, window=100, block=128),
+}
+
 
 def build(case: Case, dtype: torch.dtype, device: str) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Arguments of prefill_layer with NaN wherever nothing was written, and the whole keys and values [B, S, K, D]."""
@@ -105,7 +117,7 @@ def naive(case: Case, arguments: dict, k_all: torch.Tensor, v_all: torch.Tensor,
             arguments["index_q_BTHR"], arguments["index_k_BSIR"][:, : arguments["newest"]],
             key_set_H=torch.tensor(arguments["key_sets"], device=q.device), lengths_B=arguments["lengths_B"],
             counts_B=arguments["counts_B"], scale=arguments["index_scale"], top_p=arguments["top_p"], sinks=case.sinks,
-            block=case.block, impl="reference",
+            block=case.block,
         )  # fmt: skip
         listed = torch.zeros(*ids.shape[:3], k.shape[1] // case.block + 2, dtype=torch.bool, device=q.device)
         for place in range(ids.shape[3]):
@@ -117,18 +129,46 @@ def naive(case: Case, arguments: dict, k_all: torch.Tensor, v_all: torch.Tensor,
     return torch.einsum("bhts,bshd->bthd", weights, v).to(working)
 
 
-@pytest.mark.parametrize("pattern", ["dense", "topp"])
-@pytest.mark.parametrize("name", CASES)
-def test_every_head_attends_by_its_role(name, pattern):
-    case = CASES[name]
-    arguments, k_all, v_all = build(case, torch.float32, "cpu")
-    out = prefill_layer(**arguments, pattern=pattern)
+def check(case: Case, pattern: str, dtype: torch.dtype, device: str, impl: str) -> None:
+    arguments, k_all, v_all = build(case, dtype, device)
+    poison = torch.full_like(arguments["q_BTHD"], float("nan"))
+    del poison  # The allocator hands this memory to the next empty tensor of its size: an unwritten row reads NaN.
+    out = prefill_layer(**arguments, pattern=pattern, impl=impl)
     exact = naive(case, arguments, k_all, v_all, pattern, torch.float64)
-    eager = naive(case, arguments, k_all, v_all, pattern, torch.float32)
+    eager = naive(case, arguments, k_all, v_all, pattern, dtype)
     assert torch.isfinite(out).all()
     assert relative_error(out, exact) <= error_bound(eager, exact)
     for b, count in enumerate(arguments["counts_B"].tolist()):
         assert (out[b, count:] == 0).all()
+
+
+@pytest.mark.parametrize("pattern", ["dense", "topp"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_head_attends_by_its_role(name, pattern):
+    check(CASES[name], pattern, torch.float32, "cpu", "auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("pattern", ["dense", "topp"])
+@pytest.mark.parametrize("name", LARGE)
+def test_every_head_attends_by_its_role_on_the_gpu(name, pattern, impl):
+    check(LARGE[name], pattern, torch.bfloat16, "cuda", impl)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("pattern", ["dense", "topp"])
+def test_the_layer_never_waits_for_the_gpu(pattern):
+    arguments, _, _ = build(LARGE["layout A"], torch.bfloat16, "cuda")
+    prefill_layer(**arguments, pattern=pattern)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        prefill_layer(**arguments, pattern=pattern)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_what_does_not_fit_is_named():

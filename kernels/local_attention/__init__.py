@@ -8,7 +8,7 @@ import torch
 from rtpurbo.kernels.local_attention import reference
 from rtpurbo.kernels.local_attention.reference import ring_positions
 
-__all__ = ["attend_local", "choose_impl", "ring_positions", "write_ring"]
+__all__ = ["attend_local", "choose_impl", "obstacle_of", "ring_positions", "write_ring"]
 
 IMPLEMENTATIONS = ("reference", "triton", "gluon")
 
@@ -78,21 +78,26 @@ def attend_local(
     if counts_B is None:
         counts_B = torch.full((B,), T, dtype=torch.int32, device=q_BTHD.device)
     if chosen == "reference":
-        attend = reference.attend_local
+        if by_position:
+            k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD = reference.split_cache(k_BTKD, v_BTKD, lengths_B, T, window, sinks)
+        made_BTHD, lse_BHT = reference.attend_local(
+            q_BTKGD.flatten(2, 3), k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, window, sinks, scale
+        )
+        out = made_BTHD.view(q_BTHD.shape) if out is None else out.copy_(made_BTHD.view(q_BTHD.shape))
+        return out, lse_BHT if return_lse else None
+    if chosen == "triton":
+        from rtpurbo.kernels.local_attention.kernel import launch
     else:
-        lengths_B, counts_B = (x.to(torch.int32).contiguous() for x in (lengths_B, counts_B))
-        if chosen == "triton":
-            from rtpurbo.kernels.local_attention.kernel import attend_local as attend
-        else:
-            from rtpurbo.kernels.local_attention.hopper_kernel import attend_local as attend
-    if by_position:
-        k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD = reference.split_cache(k_BTKD, v_BTKD, lengths_B, T, window, sinks)
-    made_BTHD, lse_BHT = attend(q_BTKGD.flatten(2, 3), k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, window, sinks, scale)
+        from rtpurbo.kernels.local_attention.hopper_kernel import launch
     if out is None:
-        out = made_BTHD.view(q_BTHD.shape)
-    else:
-        out.copy_(made_BTHD.view(q_BTHD.shape))
-    return out, lse_BHT if return_lse else None
+        out = torch.empty(q_BTHD.shape, dtype=q_BTHD.dtype, device=q_BTHD.device)
+    lse_BHT = torch.empty((B, K * G, T), dtype=torch.float32, device=q_BTHD.device) if return_lse else None
+    lengths_B, counts_B = (x.to(torch.int32).contiguous() for x in (lengths_B, counts_B))
+    launch(
+        q_BTKGD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, out, lse_BHT,
+        window=window, sinks=sinks, scale=scale, by_position=by_position,
+    )  # fmt: skip
+    return out, lse_BHT
 
 
 def choose_impl(
@@ -115,17 +120,17 @@ def choose_impl(
         return impl
     tensors = [x for x in (q_BTHD, k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD) if x is not None]
     if impl == "auto":
-        fits = (name for name in ("gluon", "triton") if q_BTHD.is_cuda and _obstacle(name, tensors, scale) is None)
+        fits = (name for name in ("gluon", "triton") if q_BTHD.is_cuda and obstacle_of(name, tensors, scale) is None)
         return next(fits, "reference")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attend_local: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")
-    obstacle = _obstacle(impl, tensors, scale)
+    obstacle = obstacle_of(impl, tensors, scale)
     if obstacle is not None:
         raise ValueError(f"attend_local: impl {impl!r} cannot run: {obstacle}")
     return impl
 
 
-def _obstacle(impl: str, tensors: list[torch.Tensor], scale: float) -> str | None:
+def obstacle_of(impl: str, tensors: list[torch.Tensor], scale: float) -> str | None:
     """Why the kernel cannot run on these tensors, or None."""
     q = tensors[0]
     if importlib.util.find_spec("triton") is None:
@@ -139,8 +144,8 @@ def _obstacle(impl: str, tensors: list[torch.Tensor], scale: float) -> str | Non
         return f"q, k and v are {', '.join(str(x.dtype) for x in tensors)}, wanted all {wanted}"
     if not interpreted and not all(x.is_cuda and x.device == q.device for x in tensors):
         return f"it needs all tensors on one NVIDIA GPU, found {', '.join(str(x.device) for x in tensors)}"
-    if q.shape[3] not in (64, 128) and not interpreted:
-        return f"head dim {q.shape[3]} is neither 64 nor 128"
+    if q.shape[-1] not in (64, 128) and not interpreted:
+        return f"head dim {q.shape[-1]} is neither 64 nor 128"
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return "it has no backward pass and an input needs a gradient"
     if not scale > 0:
@@ -155,7 +160,7 @@ def _hopper_obstacle(tensors: list[torch.Tensor]) -> str | None:
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         return "this triton has no Gluon"
     for x in tensors:
-        if x.stride(3) != 1 or any(stride % 8 for stride in x.stride()[:3]) or x.data_ptr() % 16:
+        if x.stride(-1) != 1 or any(stride % 8 for stride in x.stride()[:-1]) or x.data_ptr() % 16:
             return f"the copy engine needs addresses and strides in multiples of 16 bytes, found strides {x.stride()}"
     return None
 

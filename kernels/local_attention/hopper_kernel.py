@@ -1,9 +1,10 @@
-"""Hopper (sm_90) kernel of attend_local in Gluon: one warp loads by TMA, two warpgroups take turns at wgmma and softmax."""
+"""Hopper (sm_90) prefill attention in Gluon: one warp loads by TMA, two warpgroups take turns at wgmma and softmax; plans in tiles.py."""
 
 # Triton's kernel language is not typed Python: launches take options and constants that signatures do not name.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# B batch  T chunk tokens  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
+# B batch  T chunk tokens  W ring slots (sinks + window)  K kv heads  G query heads per kv head  D head dim  H = K * G
+# Q query blocks  N listed key blocks
 # A persistent program works on M = 128 query rows of one head at a time, 64 a warpgroup, against key tiles of N = 128 positions.
 # Within a warpgroup the product q k^T of the next tile is issued before the softmax of the one that p v still multiplies.
 import torch
@@ -13,14 +14,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rtpurbo.kernels.local_attention.kernel import (
+from rtpurbo.kernels.local_attention.tiles import (
     CHUNK,
     LN_2,
     LOG2_E,
     RING_WINDOW,
+    UNBOUNDED,
     full_tile,
+    listed_tile,
     masked_tile,
     oldest_visible,
+    plan_listed,
     plan_tiles,
     unit_of_work,
 )
@@ -61,10 +65,11 @@ def _load_keys_and_values(n, source, row, b, kh, descs, buffers, STAGES: gl.cons
 
 @gluon.jit
 def _load_partition(
-    q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr,
+    q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
     q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    B, H, tiles, window, sinks,
-    GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
+    B, H, tiles, window, sinks, capacity,
+    GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr,
+    LISTED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: q once a unit of work, then keys and values in the order of the plan."""
     descs = (k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc)
@@ -75,21 +80,64 @@ def _load_partition(
         b, h, t0 = unit_of_work(index, tiles, B, H, M)
         length = gl.load(lengths_ptr + b)
         count = gl.load(counts_ptr + b)
-        if t0 < count:
+        kh = h // GROUP
+        masked, full, details = _plan(
+            b, h, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, window, sinks, capacity, M, N, HAS_RING, BY_POSITION, LISTED
+        )
+        if masked > 0:
             mbarrier.wait(q_empty, (units & 1) ^ 1)
             mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
-            async_load(q_desc, [b, h, t0, 0], q_full, q_smem.index(0))
-            async_load(q_desc, [b, h, t0 + M // 2, 0], q_full, q_smem.index(1))
+            async_load(q_desc, [b, kh, h % GROUP, t0, 0], q_full, q_smem.index(0))
+            async_load(q_desc, [b, kh, h % GROUP, t0 + M // 2, 0], q_full, q_smem.index(1))
             units += 1
-            masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING)
-            for x in range(masked):
-                source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
-                _load_keys_and_values(n, source, row, b, h // GROUP, descs, buffers, STAGES, HAS_RING)
-                n += 1
-            for x in range(full):
-                source, row = full_tile(x, details, window, N, HAS_RING)
-                _load_keys_and_values(n, source, row, b, h // GROUP, descs, buffers, STAGES, HAS_RING)
-                n += 1
+            if LISTED:
+                ids_row, listed, end = details
+                row, low = listed_tile(0, ids_row, listed, end, N, 1)
+                for x in range(masked + full):
+                    # One id ahead: its way from memory takes a third of a tile's time.
+                    following, low = listed_tile(gl.minimum(x + 1, listed - 1), ids_row, listed, end, N, 1)
+                    _load_keys_and_values(n, 0, row, b, kh, descs, buffers, STAGES, HAS_RING)
+                    row = following
+                    n += 1
+            else:
+                for x in range(masked):
+                    source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
+                    _load_keys_and_values(n, source, row, b, kh, descs, buffers, STAGES, HAS_RING)
+                    n += 1
+                for x in range(full):
+                    source, row = full_tile(x, details, window, N, HAS_RING)
+                    _load_keys_and_values(n, source, row, b, kh, descs, buffers, STAGES, HAS_RING)
+                    n += 1
+
+
+@gluon.jit
+def _plan(
+    b, h, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, window, sinks, capacity,
+    M: gl.constexpr, N: gl.constexpr, HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr, LISTED: gl.constexpr,
+):  # fmt: skip
+    """(masked tiles, full tiles, details) of a unit of work; no tile where it has no query or its list is empty."""
+    if LISTED:
+        row = (b.to(gl.int64) * H + h) * tiles + t0 // M
+        listed = gl.where(t0 < count, gl.load(listed_ptr + row), 0)
+        ids_row = ids_ptr + row * capacity
+        masked, full = plan_listed(ids_row, listed, length + t0, N, 1)
+        return masked, full, (ids_row, listed, length + gl.minimum(t0 + M, count))
+    else:
+        origin = 0 if BY_POSITION else length
+        masked, full, details = plan_tiles(t0, length, origin, count, window, sinks, M, N, HAS_RING)
+        return gl.where(t0 < count, masked, 0), full, details
+
+
+@gluon.jit
+def _masked_tile(x, details, window, sinks, N: gl.constexpr, HAS_RING: gl.constexpr, LISTED: gl.constexpr):
+    """(first position, lowest position of the run, width of its window) of a masked tile."""
+    if LISTED:
+        ids_row, listed, end = details
+        j0, low = listed_tile(x, ids_row, listed, end, N, 1)
+        return j0, low, UNBOUNDED
+    else:
+        source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
+        return j0, low, width
 
 
 @gluon.jit
@@ -147,11 +195,11 @@ def _step(
 
 @gluon.jit
 def _attend_partition(
-    out_ptr, lse_ptr, stride_ob, stride_ot, stride_oh, lengths_ptr, counts_ptr,
+    out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
     q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    B, H, T, tiles, window, sinks, scale_log2,
-    HALF: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    B, H, T, tiles, window, sinks, scale_log2, capacity,
+    HALF: gl.constexpr, GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr, LISTED: gl.constexpr, HAS_LSE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups that compute: query rows HALF * 64 ... of every unit of work."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -171,9 +219,11 @@ def _attend_partition(
         total = gl.full([M // 2], 0.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         t = t0 + HALF * (M // 2) + gl.arange(0, M // 2, gl.SliceLayout(1, S_LAYOUT))
         i = length + t
-        if t0 < count:
-            masked, full, details = plan_tiles(t0, length, count, window, sinks, M, N, HAS_RING)
-            source, row, j0, low, width = masked_tile(0, details, window, sinks, N, HAS_RING)
+        masked, full, details = _plan(
+            b, h, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, window, sinks, capacity, M, N, HAS_RING, BY_POSITION, LISTED
+        )
+        if masked > 0:
+            j0, low, width = _masked_tile(0, details, window, sinks, N, HAS_RING, LISTED)
             mbarrier.wait(q_full, units & 1)
             units += 1
             mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
@@ -187,7 +237,7 @@ def _attend_partition(
             mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
             n += 1
             for x in range(1, masked):
-                source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
+                j0, low, width = _masked_tile(x, details, window, sinks, N, HAS_RING, LISTED)
                 p, m, total, acc = _step(
                     n, turn, i, j0, low, width, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
                     True, D, N, STAGES, S_LAYOUT, O_LAYOUT, PING_PONG,
@@ -207,29 +257,32 @@ def _attend_partition(
             acc = warpgroup_mma(p16, v_smem.index(last % STAGES).reshape([N, D]), acc, is_async=True)
             acc, p16 = warpgroup_mma_wait(0, deps=[acc, p16])
             mbarrier.arrive(v_empty.index(last % STAGES), count=1)
-        valid = t < count
-        total_safe = gl.where(valid, total, 1.0)
-        lse = gl.where(valid, (m + gl.log2(total_safe)) * LN_2, float("-inf"))
-        gl.store(lse_ptr + (b.to(gl.int64) * H + h) * T + t, lse, mask=t < T)
+        seen = (t < count) & (total != 0)
+        total_safe = gl.where(seen, total, 1.0)
+        if HAS_LSE:
+            lse = gl.where(seen, (m + gl.log2(total_safe)) * LN_2, float("-inf"))
+            gl.store(lse_ptr + (b.to(gl.int64) * H + h) * T + t, lse, mask=t < T)
         row_layout: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
         t_out = gl.convert_layout(t, row_layout)
-        inverse = gl.convert_layout(1.0 / total_safe, row_layout)
-        out = gl.where((t_out < count)[:, None], acc * inverse[:, None], 0.0)
+        # Rows that see nothing: acc may hold anything that was loaded, weight zero does not make it zero.
+        inverse = gl.convert_layout(gl.where(seen, 1.0 / total_safe, 0.0), row_layout)
+        out = gl.where((inverse != 0)[:, None], acc * inverse[:, None], 0.0)
         d = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-        out_base = out_ptr + b.to(gl.int64) * stride_ob + h * stride_oh + t0.to(gl.int64) * stride_ot
+        out_base = out_ptr + b.to(gl.int64) * stride_ob + t0.to(gl.int64) * stride_ot + (h // GROUP) * stride_ok + (h % GROUP) * stride_og
         gl.store(out_base + (t_out - t0)[:, None] * stride_ot + d[None, :], out.to(k_smem.dtype), mask=(t_out < T)[:, None])
 
 
 @gluon.jit
-def _local_attention_hopper(
+def _prefill_hopper(
     q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, out_ptr, lse_ptr,
-    lengths_ptr, counts_ptr, stride_ob, stride_ot, stride_oh, B, H, T, tiles, window, sinks, scale_log2,
+    lengths_ptr, counts_ptr, ids_ptr, listed_ptr, stride_ob, stride_ot, stride_ok, stride_og,
+    B, H, T, tiles, window, sinks, scale_log2, capacity,
     GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
-    PING_PONG: gl.constexpr,
+    BY_POSITION: gl.constexpr, LISTED: gl.constexpr, HAS_LSE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """Persistent: each program walks the units of work with the stride of the grid."""
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, M // 2, D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, 1, M // 2, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, N, D], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -253,19 +306,21 @@ def _local_attention_hopper(
     gl.warp_specialize(
         [
             (_attend_partition, (
-                out_ptr, lse_ptr, stride_ob, stride_ot, stride_oh, lengths_ptr, counts_ptr,
+                out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn_a, turn_b,
-                B, H, T, tiles, window, sinks, scale_log2, gl.constexpr(0), M, N, D, STAGES, HAS_RING, PING_PONG,
+                B, H, T, tiles, window, sinks, scale_log2, capacity, gl.constexpr(0), GROUP, M, N, D, STAGES, HAS_RING, BY_POSITION,
+                LISTED, HAS_LSE, PING_PONG,
             )),
             (_attend_partition, (
-                out_ptr, lse_ptr, stride_ob, stride_ot, stride_oh, lengths_ptr, counts_ptr,
+                out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn_b, turn_a,
-                B, H, T, tiles, window, sinks, scale_log2, gl.constexpr(1), M, N, D, STAGES, HAS_RING, PING_PONG,
+                B, H, T, tiles, window, sinks, scale_log2, capacity, gl.constexpr(1), GROUP, M, N, D, STAGES, HAS_RING, BY_POSITION,
+                LISTED, HAS_LSE, PING_PONG,
             )),
             (_load_partition, (
-                q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr,
+                q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                B, H, tiles, window, sinks, GROUP, M, N, STAGES, HAS_RING,
+                B, H, tiles, window, sinks, capacity, GROUP, M, N, STAGES, HAS_RING, BY_POSITION, LISTED,
             )),
         ],
         [4, 1],
@@ -273,46 +328,37 @@ def _local_attention_hopper(
     )  # fmt: skip
 
 
-def _descriptor(x_BSKD: torch.Tensor, rows: int) -> TensorDescriptor:
-    """TMA descriptor over [B, K, S, D] with tiles of `rows` rows of one head."""
-    x_BKSD = x_BSKD.transpose(1, 2)
-    block = [1, 1, rows, x_BKSD.shape[3]]
-    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x_BSKD.dtype]
-    return TensorDescriptor.from_tensor(x_BKSD, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """TMA descriptor over [B, heads ..., rows, D] (x: [B, rows, heads ..., D]) with tiles of `rows` rows of one head."""
+    x = x.movedim(1, -2)
+    block = [1] * (x.dim() - 2) + [rows, x.shape[-1]]
+    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
+    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
 
 
-def attend_local(
-    q_BTHD: torch.Tensor,
-    k_BTKD: torch.Tensor,
-    v_BTKD: torch.Tensor,
-    lengths_B: torch.Tensor,
-    counts_B: torch.Tensor,
-    ring_k_BWKD: torch.Tensor | None,
-    ring_v_BWKD: torch.Tensor | None,
-    window: int,
-    sinks: int,
-    scale: float,
-    *,
-    stages: int = 2,
-    ping_pong: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `kernels.local_attention.attend_local`; fp16 or bf16, head dim 64 or 128, addresses and strides multiples of 16 bytes."""
-    B, T, H, D = q_BTHD.shape
-    out_BTHD = torch.empty((B, T, H, D), dtype=q_BTHD.dtype, device=q_BTHD.device)
-    lse_BHT = torch.empty((B, H, T), dtype=torch.float32, device=q_BTHD.device)
-    if out_BTHD.numel() == 0:
-        return out_BTHD, lse_BHT
+def launch(
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, counts_B: torch.Tensor,
+    ring_k_BWKD: torch.Tensor | None, ring_v_BWKD: torch.Tensor | None, out_BTHD: torch.Tensor, lse_BHT: torch.Tensor | None,
+    *, window: int, sinks: int, scale: float, by_position: bool = False, lists: tuple[torch.Tensor, torch.Tensor] | None = None,
+    stages: int = 2, ping_pong: bool = True,
+) -> None:  # fmt: skip
+    """See `kernel.describe`; fp16 or bf16, head dim 64 or 128, addresses and strides multiples of 16 bytes, blocks of 128."""
+    K = k_BTKD.shape[2]
+    q_BTKGD, out_BTKGD = (x if x.dim() == 5 else x.unflatten(2, (K, x.shape[2] // K)) for x in (q_BTHD, out_BTHD))
+    B, T, _, G, D = q_BTKGD.shape
+    if out_BTKGD.numel() == 0:
+        return
     tiles = triton.cdiv(T, BLOCK_QUERIES)
     k_desc, v_desc = _descriptor(k_BTKD, BLOCK_KEYS), _descriptor(v_BTKD, BLOCK_KEYS)
     ring_descs = [k_desc, v_desc, k_desc, v_desc]
     if ring_k_BWKD is not None and ring_v_BWKD is not None:
         ring_descs = [_descriptor(x[:, sinks:], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
         ring_descs += [_descriptor(x[:, : max(sinks, 1)], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
-    programs = torch.cuda.get_device_properties(q_BTHD.device).multi_processor_count
-    _local_attention_hopper[(min(programs, tiles * B * H),)](
-        _descriptor(q_BTHD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, out_BTHD, lse_BHT, lengths_B, counts_B,
-        *out_BTHD.stride()[:3], B, H, T, tiles, window, sinks, scale * LOG2_E.value,
-        GROUP=H // k_BTKD.shape[2], M=BLOCK_QUERIES, N=BLOCK_KEYS, D=D, STAGES=stages, HAS_RING=ring_k_BWKD is not None,
-        PING_PONG=ping_pong, num_warps=4,
+    ids, count = (lengths_B, lengths_B) if lists is None else lists
+    programs = torch.cuda.get_device_properties(q_BTKGD.device).multi_processor_count
+    _prefill_hopper[(min(programs, tiles * B * K * G),)](
+        _descriptor(q_BTKGD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, out_BTKGD, out_BTKGD if lse_BHT is None else lse_BHT,
+        lengths_B, counts_B, ids, count, *out_BTKGD.stride()[:4], B, K * G, T, tiles, window, sinks, scale * LOG2_E.value, ids.shape[-1],
+        GROUP=G, M=BLOCK_QUERIES, N=BLOCK_KEYS, D=D, STAGES=stages, HAS_RING=ring_k_BWKD is not None, BY_POSITION=by_position,
+        LISTED=lists is not None, HAS_LSE=lse_BHT is not None, PING_PONG=ping_pong, num_warps=4,
     )  # fmt: skip
-    return out_BTHD, lse_BHT

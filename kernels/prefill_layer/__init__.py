@@ -157,6 +157,7 @@ def attend_retrieval(
         ids_BHQN, count_BHQ = select_prefill(
             select.index_q_BTHR[:, rows, heads], select.index_k_BSIR, key_set_H=key_set_H, lengths_B=offset_B, counts_B=valid_B,
             scale=select.scale, top_p=select.top_p, sinks=select.sinks, block=select.block,
+            impl="reference" if impl == "reference" else "auto",
         )  # fmt: skip
         attend_prefill(
             q_BTKGD[:, rows], k_BSKD, v_BSKD, lengths_B=offset_B, counts_B=valid_B, scale=scale, ids_BHQN=ids_BHQN,

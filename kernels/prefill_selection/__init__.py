@@ -41,7 +41,8 @@ def select_prefill(
         sinks: tokens whose blocks are forced.
         block: queries and keys per block.
         pooling: "mean", or "max" of each index dimension by itself.
-        impl: "auto" or "reference".
+        impl: "auto" (Triton on a GPU, else the reference), "triton" or "reference". On a GPU pooled values and masses are sums and
+            exponentials in fp32, so a decision within ~1e-6 of a bin edge may differ from the reference; equal inputs give equal lists.
 
     Returns ids int32 [B, H, Q, N], ascending, Q = ceil(T / block), N = ceil(S / block), and count int32 [B, H, Q] (0 for a block
     without valid query); places at or beyond the count are unspecified.
@@ -57,6 +58,14 @@ def select_prefill(
         raise ValueError(f"select_prefill: lengths {tuple(lengths_B.shape)} or counts {tuple(counts_B.shape)}, wanted {(B,)}")
     if not top_p > 0 or pooling not in POOLINGS or block < 1:
         raise ValueError(f"select_prefill: top_p {top_p} must be > 0, pooling {pooling!r} one of {POOLINGS}, block {block} >= 1")
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"select_prefill: impl {impl!r} is not one of auto, reference")
-    return reference.select_prefill(index_q_BTHR, index_k_BSIR, key_set_H, lengths_B, counts_B, scale, top_p, sinks, block, pooling)
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"select_prefill: impl {impl!r} is not one of auto, triton, reference")
+    if impl == "triton" or (impl == "auto" and index_q_BTHR.is_cuda):
+        from rtpurbo.kernels.prefill_selection import kernel
+
+        if -(-index_k_BSIR.shape[1] // block) > kernel.MAX_BLOCKS:
+            raise ValueError(f"select_prefill: {index_k_BSIR.shape[1]} keys in blocks of {block}, at most {kernel.MAX_BLOCKS} blocks")
+        select = kernel.select_prefill
+    else:
+        select = reference.select_prefill
+    return select(index_q_BTHR, index_k_BSIR, key_set_H, lengths_B, counts_B, scale, top_p, sinks, block, pooling)

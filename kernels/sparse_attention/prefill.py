@@ -3,9 +3,12 @@
 # B batch  T chunk tokens  S cached tokens  K kv heads  G query heads per kv head  D head dim  H = K * G  Q query blocks  N key blocks
 import torch
 
+from rtpurbo.kernels.local_attention import obstacle_of
 from rtpurbo.kernels.sparse_attention import prefill_reference
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "triton", "gluon")
+# The kernels keep a tile of as many queries as a block has.
+KERNEL_BLOCK = 128
 
 
 def attend_prefill(
@@ -60,16 +63,58 @@ def attend_prefill(
         out_BTKGD = torch.empty((B, T, K, G, D), dtype=q_BTKGD.dtype, device=q_BTKGD.device)
     elif out_BTKGD.shape != q_BTKGD.shape or out_BTKGD.dtype != q_BTKGD.dtype or out_BTKGD.stride(4) != 1:
         raise ValueError(f"attend_prefill: out {tuple(out_BTKGD.shape)} {out_BTKGD.dtype} does not fit q {tuple(q_BTKGD.shape)}")
-    choose_prefill_impl(q_BTKGD, k_BSKD, v_BSKD, impl=impl)
+    chosen = choose_prefill_impl(q_BTKGD, k_BSKD, v_BSKD, scale=scale, block=None if ids_BHQN is None else block, impl=impl)
     lse_BHT = torch.empty((B, K * G, T), dtype=torch.float32, device=q_BTKGD.device) if return_lse else None
-    prefill_reference.attend_prefill(
-        q_BTKGD, k_BSKD, v_BSKD, lengths_B, counts_B, ids_BHQN, count_BHQ, scale, block, out_BTKGD, lse_BHT
+    if chosen == "reference":
+        prefill_reference.attend_prefill(
+            q_BTKGD, k_BSKD, v_BSKD, lengths_B, counts_B, ids_BHQN, count_BHQ, scale, block, out_BTKGD, lse_BHT
+        )  # fmt: skip
+        return out_BTKGD, lse_BHT
+    from rtpurbo.kernels.local_attention.tiles import UNBOUNDED
+
+    if chosen == "triton":
+        from rtpurbo.kernels.local_attention.kernel import launch
+    else:
+        from rtpurbo.kernels.local_attention.hopper_kernel import launch
+    lists = None if ids_BHQN is None or count_BHQ is None else (ids_BHQN.contiguous(), count_BHQ.contiguous())
+    lengths_B, counts_B = (x.to(torch.int32).contiguous() for x in (lengths_B, counts_B))
+    launch(
+        q_BTKGD, k_BSKD, v_BSKD, lengths_B, counts_B, None, None, out_BTKGD, lse_BHT,
+        window=UNBOUNDED.value, sinks=0, scale=scale, by_position=True, lists=lists,
     )  # fmt: skip
     return out_BTKGD, lse_BHT
 
 
-def choose_prefill_impl(q_BTKGD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, *, impl: str = "auto") -> str:
-    """The implementation that `attend_prefill` runs for these tensors."""
-    if impl not in ("auto", *IMPLEMENTATIONS):
+def choose_prefill_impl(
+    q_BTKGD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    block: int | None = None,
+    impl: str = "auto",
+) -> str:
+    """The implementation that `attend_prefill` runs for these tensors; block: that of the lists, None without lists.
+
+    "auto" picks "gluon" on Hopper (compute capability 9.0), "triton" on other NVIDIA GPUs, and "reference" on the CPU, for head dims
+    other than 64 and 128, for lists of other blocks than 128, for inputs that need gradients, and for a scale <= 0. A named one is
+    returned as it is, or raises ValueError with what is in its way.
+    """
+    if impl == "reference":
+        return impl
+    tensors = [q_BTKGD, k_BSKD, v_BSKD]
+    if impl == "auto":
+        fits = (name for name in ("gluon", "triton") if q_BTKGD.is_cuda and _obstacle(name, tensors, scale, block) is None)
+        return next(fits, "reference")
+    if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attend_prefill: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")
-    return "reference"
+    obstacle = _obstacle(impl, tensors, scale, block)
+    if obstacle is not None:
+        raise ValueError(f"attend_prefill: impl {impl!r} cannot run: {obstacle}")
+    return impl
+
+
+def _obstacle(impl: str, tensors: list[torch.Tensor], scale: float, block: int | None) -> str | None:
+    if block not in (None, KERNEL_BLOCK):
+        return f"lists of blocks of {block}, wanted {KERNEL_BLOCK}"
+    return obstacle_of(impl, tensors, scale)
