@@ -72,7 +72,7 @@ def main(folder: Path, prompts: tuple[int, ...], text: Path, chunk: int, steps: 
         "peak memory of the process": f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB",
         "device, onnxruntime, torch": f"CPU {platform.machine()}, {onnxruntime.__version__}, {torch.__version__}",
     }
-    lines = [f"`python benchmarks/onnx_equality.py {' '.join(sys.argv[1:])}`", "", "| | |", "|---|---|"]
+    lines = [f"`python benchmarks/onnx_equality.py ARTIFACT {' '.join(sys.argv[2:])}`", "", "| | |", "|---|---|"]
     report = "\n".join([*lines, *(f"| {name} | {value} |" for name, value in figures.items())]) + "\n"
     out.write_text(report, encoding="utf-8")
     click.echo(report)

@@ -98,7 +98,7 @@ def test_bfloat16_index_keys_are_rounded_once_and_select_as_the_runtime_does(tmp
 
 
 def test_caches_that_onnx_runtime_cannot_compute_with_are_refused(artifact: Path) -> None:
-    with pytest.raises(ValueError, match=r"layers\.0\.\w+ is BFLOAT16, wanted FLOAT or FLOAT16"):
+    with pytest.raises(ValueError, match=r"layers\.0\.\w+ is TensorProto.BFLOAT16, wanted TensorProto.FLOAT or FLOAT16"):
         OnnxEngine(export(artifact, ExportOptions(dtype="bfloat16")), artifact, 1, CAPACITY)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from rtpurbo.plugins.trt.export import Export
 from rtpurbo.plugins.trt.nodes import DECODE, PREFILL
@@ -32,7 +32,9 @@ class OnnxEngine:
                 tensor = port.type.tensor_type
                 bfloat16 = tensor.elem_type == TensorProto.BFLOAT16 and not port.name.endswith("index_cache")
                 if tensor.elem_type not in _STORAGE or bfloat16:
-                    raise ValueError(f"{port.name} is {TensorProto.DataType.Name(tensor.elem_type)}, wanted FLOAT or FLOAT16")
+                    raise ValueError(
+                        f"{port.name} is {helper.tensor_dtype_to_string(tensor.elem_type)}, wanted TensorProto.FLOAT or FLOAT16"
+                    )
                 zeros = np.zeros([known[d.dim_param] if d.dim_param else d.dim_value for d in tensor.shape.dim], _STORAGE[tensor.elem_type])
                 self.caches[port.name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, tensor.elem_type)
         options = onnxruntime.SessionOptions()
