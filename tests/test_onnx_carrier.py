@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import helper
 
-from rtpurbo.plugins.trt.carrier import CARRIER_DOMAIN, CARRIER_NAME, parse_rule, to_carrier, update_rule
+from rtpurbo.plugins.trt.carrier import to_carrier, update_rule
 from rtpurbo.plugins.trt.export import export
-from rtpurbo.plugins.trt.nodes import DOMAIN
+from rtpurbo.plugins.trt.nodes import CARRIER_DOMAIN, CARRIER_NAME, DOMAIN, parse_rule
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,12 @@ update_rule = 'rtpurbo::Name{"attribute":value,...}', and one creator dispatches
 """
 
 import json
-from typing import Any
 
 import onnx
 from onnx import helper
 
-from rtpurbo.plugins.trt.nodes import DOMAIN, NODES
+from rtpurbo.plugins.trt.nodes import CARRIER_DOMAIN, CARRIER_NAME, DOMAIN, NODES
 
-CARRIER_DOMAIN, CARRIER_NAME = "com.microsoft", "LinearAttention"
 # The parser wants these; nobody reads them.
 _FILLER = {"q_num_heads": 1, "kv_num_heads": 1, "scale": 1.0}
 
@@ -42,14 +40,3 @@ def update_rule(node: onnx.NodeProto) -> str:
     """'rtpurbo::Name{...}' of a node: its attributes as JSON, without the two that only name the plugin."""
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name in NODES[node.op_type].attributes}
     return f"{DOMAIN}::{node.op_type}{json.dumps(attributes, sort_keys=True, separators=(',', ':'))}"
-
-
-def parse_rule(rule: str) -> tuple[str, dict[str, Any]]:
-    """(name, attributes) of an update_rule; ValueError when it is not one of ours."""
-    name, brace, rest = rule.removeprefix(f"{DOMAIN}::").partition("{")
-    if not rule.startswith(f"{DOMAIN}::") or name not in NODES or not brace:
-        raise ValueError(f"update_rule is {rule[:80]!r}, wanted {DOMAIN}::Name{{...}} with a name of plugins.trt.nodes")
-    attributes = json.loads(brace + rest)
-    if attributes.keys() != NODES[name].attributes.keys():
-        raise ValueError(f"update_rule {name} has the attributes {sorted(attributes)}, wanted {sorted(NODES[name].attributes)}")
-    return name, attributes

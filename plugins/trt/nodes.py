@@ -16,12 +16,15 @@ plugin and not the function body. In TensorRT an aliased output is its input, up
 # B batch  T chunk tokens  S cached tokens (capacity)  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
 # I index-key sets  R index dim  N blocks (ceil(S / block))  M = B * T rows  E experts  X experts a token  C hidden  F expert width  G 2F
 # J retrieval heads
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 DOMAIN = "rtpurbo"
 VERSION = 1
 PREFILL, DECODE = 1, 2
+# The node that carries them for tensorrt-rtx 1.6.1, see plugins.trt.carrier.
+CARRIER_DOMAIN, CARRIER_NAME = "com.microsoft", "LinearAttention"
 
 # model: the engine's dtype (float32, float16 or bfloat16). index: the manifest's indexer.key_dtype.
 Kind = Literal["model", "index", "float32", "int32"]
@@ -154,3 +157,14 @@ NODES = {
         ),
     )
 }
+
+
+def parse_rule(rule: str) -> tuple[str, dict[str, Any]]:
+    """(name, attributes) of an update_rule; ValueError when it is not one of ours."""
+    name, brace, rest = rule.removeprefix(f"{DOMAIN}::").partition("{")
+    if not rule.startswith(f"{DOMAIN}::") or name not in NODES or not brace:
+        raise ValueError(f"update_rule is {rule[:80]!r}, wanted {DOMAIN}::Name{{...}} with a name of plugins.trt.nodes")
+    attributes = json.loads(brace + rest)
+    if attributes.keys() != NODES[name].attributes.keys():
+        raise ValueError(f"update_rule {name} has the attributes {sorted(attributes)}, wanted {sorted(NODES[name].attributes)}")
+    return name, attributes

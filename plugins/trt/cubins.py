@@ -1,0 +1,231 @@
+"""The project's Triton kernels as cubins: compiled ahead of time without a GPU, found again and launched without a compiler."""
+
+import ctypes
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtpurbo.kernels.launch import Launch
+from rtpurbo.plugins.trt.driver import Function, PreparedLaunch
+
+CAPABILITIES = (80, 86, 89, 90)
+INDEX_NAME = "index.json"
+INDEX_FORMAT = 1
+_TYPES = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv", torch.int32: "*i32",
+    torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
+_C_TYPES: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What a cubin is compiled for.
+
+    types: of the run-time arguments, "1" for a stride that is the constant 1. aligned: arguments that must be multiples of 16 (for
+    pointers: addresses); a launch may use any variant that asks for no more than it has.
+    """
+
+    kernel: str
+    types: tuple[str, ...]
+    aligned: tuple[bool, ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Everything but the alignment."""
+        return (self.kernel, self.types, self.constants, self.num_warps, self.num_stages)
+
+    def suits(self, aligned: tuple[bool, ...]) -> bool:
+        """Whether arguments of this alignment may be given to the cubin."""
+        return all(have or not wanted for have, wanted in zip(aligned, self.aligned, strict=True))
+
+
+def variant_of(launch: Launch) -> Variant:
+    """The variant that fits a launch exactly; tensors may be on the meta device."""
+    assert not launch.early_launch, "launched without the attribute that programmatic dependent launch needs"
+    function = launch.kernel
+    names = [name for name in function.arg_names if name not in launch.constants]
+    assert len(names) == len(launch.arguments), (function.__name__, names, len(launch.arguments))
+    kinds = [_kind(name, value) for name, value in zip(names, launch.arguments, strict=True)]
+    return Variant(
+        kernel=f"{function.__module__}.{function.__name__}",
+        types=tuple(kind for kind, _ in kinds),
+        aligned=tuple(aligned for _, aligned in kinds),
+        constants=tuple(sorted(launch.constants.items())),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def _kind(name: str, value: Any) -> tuple[str, bool]:
+    """Type and alignment of one argument. Strides over the batch are 64 bits wide: a cache of a million tokens exceeds 32."""
+    if isinstance(value, torch.Tensor):
+        address = value.storage_offset() * value.element_size() if value.device.type == "meta" else value.data_ptr()
+        return _TYPES[value.dtype], address % _ALIGNMENT == 0
+    if isinstance(value, float):
+        return "fp32", False
+    if name.startswith("stride_") and value == 1:
+        return "1", False
+    wide = name.startswith("stride_") and name.endswith("b")
+    assert wide or -(2**31) <= value < 2**31, (name, value)
+    return ("i64" if wide else "i32"), value % _ALIGNMENT == 0
+
+
+def compile_cubins(launches: Iterable[Launch], folder: Path, capabilities: Sequence[int], *, progress: Any = None) -> dict[str, Any]:
+    """Compile every distinct variant of the launches for every capability into `folder`, and write its index.
+
+    progress: called with (done, total) after each. Returns the index. Raises ValueError when Triton is missing or cannot compile.
+    """
+    wanted = distinct(launches)
+    folder.mkdir()
+    entries: list[dict[str, Any]] = []
+    for variant, kernel in wanted:
+        for capability in capabilities:
+            entries.append(_compile(variant, kernel, capability, folder))
+            if progress is not None:
+                progress(len(entries), len(wanted) * len(capabilities))
+    index = {"format": INDEX_FORMAT, "kernels_sha256": kernels_digest(), "capabilities": list(capabilities), "cubins": entries}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
+    return index
+
+
+def distinct(launches: Iterable[Launch]) -> list[tuple[Variant, Any]]:
+    """The variants of the launches with their kernels: of those that differ in alignment alone, the one that all may use."""
+    found: dict[tuple[Any, ...], tuple[Variant, Any]] = {}
+    for launch in launches:
+        variant = variant_of(launch)
+        known, _ = found.get(variant.shape, (variant, None))
+        aligned = tuple(a and b for a, b in zip(variant.aligned, known.aligned, strict=True))
+        found[variant.shape] = (replace(variant, aligned=aligned), launch.kernel)
+    return list(found.values())
+
+
+def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    constants = dict(variant.constants)
+    signature, values, hints = {}, {(names.index(name),): value for name, value in constants.items()}, {}
+    arguments = iter(zip(variant.types, variant.aligned, strict=True))
+    for place, name in enumerate(names):
+        kind, aligned = ("constexpr", False) if name in constants else next(arguments)
+        if kind == "1":
+            values[(place,)] = 1
+            kind = "constexpr"
+        signature[name] = kind
+        if aligned:
+            hints[(place,)] = [["tt.divisibility", _ALIGNMENT]]
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    source = ASTSource(kernel, signature, values, hints)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:
+        raise ValueError(f"{variant.kernel} does not compile for capability {capability}: {' '.join(str(error).split())[:300]}") from error
+    image, metadata = compiled.asm["cubin"], compiled.metadata
+    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
+    assert entry is not None
+    hidden = entry.group(1).count(".param") - sum(kind != "1" for kind in variant.types)
+    assert 0 <= hidden <= 2, f"{variant.kernel}: {hidden} parameters beyond its own"
+    assert not getattr(metadata, "global_scratch_size", 0), f"{variant.kernel} wants scratch memory of its own"
+    digest = hashlib.sha256(image).hexdigest()
+    name = f"{kernel.__name__}_sm{capability}_{digest[:16]}.cubin"
+    (folder / name).write_bytes(image)
+    return {
+        "file": name,
+        "sha256": digest,
+        "capability": capability,
+        "entry": metadata.name,
+        "shared_bytes": metadata.shared,
+        "threads": metadata.num_warps * 32,
+        "hidden_pointers": hidden,
+        "kernel": variant.kernel,
+        "types": list(variant.types),
+        "aligned": list(variant.aligned),
+        "constants": constants,
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+    }
+
+
+class CubinTable:
+    """The cubins of an engine's folder that run on one GPU."""
+
+    def __init__(self, folder: Path, capability: int) -> None:
+        """Read the index and every cubin; ValueError for a missing or changed file, or a GPU that none was compiled for."""
+        path = folder / INDEX_NAME
+        try:
+            index = json.loads(path.read_text(encoding="utf-8"))
+            found = (index["format"], index["kernels_sha256"])
+            capabilities = [int(known) for known in index["capabilities"]]
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a valid index of cubins ({error})") from error
+        if found != (INDEX_FORMAT, kernels_digest()):
+            raise ValueError(f"{path}: compiled from other kernels than this release of rtpurbo has; build the engine again")
+        # A cubin runs on its own and on later minor revisions of the same major one.
+        fitting = [known for known in capabilities if known // 10 == capability // 10 and known <= capability]
+        if not fitting:
+            raise ValueError(f"{path}: no cubin for compute capability {capability}, only for {capabilities}")
+        self._variants: dict[tuple[Any, ...], tuple[Variant, dict[str, Any], bytes]] = {}
+        self._functions: dict[str, Function] = {}
+        self._folder = folder
+        for entry in index["cubins"]:
+            if entry["capability"] == max(fitting):
+                variant = Variant(
+                    kernel=entry["kernel"], types=tuple(entry["types"]), aligned=tuple(entry["aligned"]),
+                    constants=tuple(sorted(entry["constants"].items())), num_warps=entry["num_warps"], num_stages=entry["num_stages"],
+                )  # fmt: skip
+                self._variants[variant.shape] = (variant, entry, _read(folder, entry))
+
+    def prepare(self, launch: Launch) -> PreparedLaunch:
+        """Bind a launch's arguments to the cubin that fits them; the tensors must stay where they are. ValueError without one."""
+        wanted = variant_of(launch)
+        found = self._variants.get(wanted.shape)
+        if found is None or not found[0].suits(wanted.aligned):
+            raise ValueError(f"{self._folder / INDEX_NAME}: no cubin of {wanted.kernel} for {dict(wanted.constants)}, {wanted.types}")
+        variant, entry, image = found
+        function = self._functions.get(entry["file"])
+        if function is None:
+            function = Function(image, entry["entry"], entry["shared_bytes"], str(self._folder / entry["file"]))
+            self._functions[entry["file"]] = function
+        arguments = [_packed(kind, value) for kind, value in zip(variant.types, launch.arguments, strict=True) if kind != "1"]
+        arguments += [ctypes.c_void_p(0) for _ in range(entry["hidden_pointers"])]
+        return function.prepare(launch.grid, entry["threads"], arguments)
+
+
+def _packed(kind: str, value: Any) -> Any:
+    return ctypes.c_void_p(value.data_ptr()) if isinstance(value, torch.Tensor) else _C_TYPES[kind](value)
+
+
+def _read(folder: Path, entry: dict[str, Any]) -> bytes:
+    path = folder / entry["file"]
+    try:
+        image = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    if (found := hashlib.sha256(image).hexdigest()) != entry["sha256"]:
+        raise ValueError(f"{path}: sha256 {found}, wanted {entry['sha256']} ({INDEX_NAME})")
+    return image
+
+
+def kernels_digest() -> str:
+    """sha256 over the sources that define kernels and their launches."""
+    from rtpurbo import kernels
+
+    root = Path(next(iter(kernels.__path__)))
+    sources = sorted(path for path in root.rglob("*.py") if "reference" not in path.name and path.name not in ("bench.py", "testing.py"))
+    parts = [f"{path.relative_to(root).as_posix()}\n{path.read_text(encoding='utf-8')}" for path in sources]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""The few calls of the CUDA driver that launching a compiled kernel takes, through ctypes: no Triton, no compiler."""
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+
+_SUCCESS = 0
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+# A kernel may use this much shared memory without asking for it.
+_DEFAULT_SHARED_BYTES = 48 << 10
+
+
+class Function:
+    """One kernel of a loaded module; keeps the module alive."""
+
+    def __init__(self, image: bytes, name: str, shared_bytes: int, source: str) -> None:
+        """Load a cubin into the current context; ValueError with the driver's reason when it does not fit this GPU."""
+        driver = _driver()
+        module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
+        # CUDA keeps one context per device and process; torch has made it current by the time it has a tensor there.
+        torch.cuda.current_stream().synchronize()
+        _check(driver.cuModuleLoadData(ctypes.byref(module), image), f"{source}: the cubin cannot be loaded")
+        _check(driver.cuModuleGetFunction(ctypes.byref(self._handle), module, name.encode()), f"{source}: no kernel {name}")
+        if shared_bytes > _DEFAULT_SHARED_BYTES:
+            found = driver.cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+            _check(found, f"{source}: {shared_bytes} bytes of shared memory are not to be had")
+        self._module, self._shared_bytes = module, shared_bytes
+
+    def prepare(self, grid: tuple[int, ...], threads: int, arguments: list[Any]) -> "PreparedLaunch":
+        """Bind ctypes values as arguments, in the kernel's order."""
+        return PreparedLaunch(self, (*grid, 1, 1)[:3], threads, arguments)
+
+
+class PreparedLaunch:
+    """A launch whose arguments are packed: `run` hands it to the driver and does nothing else."""
+
+    def __init__(self, function: Function, grid: tuple[int, ...], threads: int, arguments: list[Any]) -> None:
+        self._function, self._grid, self._threads = function, grid, threads
+        self._arguments = arguments
+        self._packed = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+
+    def run(self, stream: int) -> None:
+        """Launch on a stream (its handle)."""
+        function = self._function
+        found = _driver().cuLaunchKernel(
+            function._handle, *self._grid, self._threads, 1, 1, function._shared_bytes, ctypes.c_void_p(stream), self._packed, None
+        )
+        _check(found, "a kernel launch failed")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    """libcuda, which every NVIDIA driver brings; ValueError where there is none."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise ValueError(f"the CUDA driver cannot be loaded ({error}): an engine runs on a machine with an NVIDIA GPU") from error
+    library.cuModuleLoadData.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    library.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
+    library.cuFuncSetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    library.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return library
+
+
+def _check(found: int, what: str) -> None:
+    if found != _SUCCESS:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(found, ctypes.byref(text))
+        raise ValueError(f"{what}: {(text.value or b'unknown error').decode()} (CUDA error {found})")

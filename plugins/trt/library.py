@@ -1,0 +1,32 @@
+"""Which TensorRT: `tensorrt`, else `tensorrt_rtx`; both have one Python API."""
+
+import importlib
+from typing import Any, Literal
+
+LibraryName = Literal["tensorrt", "tensorrt-rtx"]
+MODULES: dict[str, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+# The carrier node reaches a plugin written in Python in this release of tensorrt-rtx alone (see docs/tensorrt.md).
+CARRIER_VERSION = "1.6.1.120"
+
+
+def load_library(name: str | None = None) -> tuple[str, Any]:
+    """(name, module) of the wanted library, or of the first that is installed; ValueError says what to install."""
+    if name is not None and name not in MODULES:
+        raise ValueError(f"library is {name!r}, wanted {' or '.join(MODULES)}")
+    reasons = []
+    for candidate in MODULES if name is None else (name,):
+        try:
+            return candidate, importlib.import_module(MODULES[candidate])
+        except (ImportError, OSError) as error:
+            reasons.append(f"{candidate}: {error}")
+    extra = {"tensorrt": "rtpurbo[trt]", "tensorrt-rtx": "rtpurbo[trt-rtx]", None: "rtpurbo[trt] or rtpurbo[trt-rtx]"}[name]
+    raise ValueError(f"no TensorRT: install {extra} ({'; '.join(reasons)})")
+
+
+def uses_carrier(name: str, version: str) -> bool:
+    """Whether custom nodes must travel as carrier nodes for this library; ValueError for a release where neither form works."""
+    if name == "tensorrt":
+        return False
+    if version == CARRIER_VERSION:
+        return True
+    raise ValueError(f"tensorrt-rtx {version}: its engines run no Python plugin on data-centre GPUs, wanted {CARRIER_VERSION}")
