@@ -3,6 +3,7 @@
 # B batch  V vocabulary
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -11,7 +12,7 @@ from rtpurbo.plugins.trt.export import Export
 from rtpurbo.plugins.trt.nodes import DECODE, PREFILL
 
 # The width of a cache's numbers; its zeros are zero bytes in every dtype.
-_STORAGE = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: np.uint16}
+_STORAGE: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: np.uint16}
 # What rows of padding hold; it must not matter.
 _PADDING = 7
 
@@ -33,7 +34,7 @@ class OnnxEngine:
                 bfloat16 = tensor.elem_type == TensorProto.BFLOAT16 and not port.name.endswith("index_cache")
                 if tensor.elem_type not in _STORAGE or bfloat16:
                     raise ValueError(
-                        f"{port.name} is {helper.tensor_dtype_to_string(tensor.elem_type)}, wanted TensorProto.FLOAT or FLOAT16"
+                        f"{port.name} is {helper.tensor_dtype_to_string(int(tensor.elem_type))}, wanted TensorProto.FLOAT or FLOAT16"
                     )
                 zeros = np.zeros([known[d.dim_param] if d.dim_param else d.dim_value for d in tensor.shape.dim], _STORAGE[tensor.elem_type])
                 self.caches[port.name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, tensor.elem_type)
