@@ -216,7 +216,7 @@ def _loading(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--top-p", type=float, default=1.0, help="Nucleus sampling; not the selection's top-p.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may repeat.")
 @click.option("--seed", type=int, default=0, help="Same seed, same tokens.")
-@click.option("--prefill-chunk", type=int, default=1024, help="Prompt tokens processed at a time.")
+@click.option("--prefill-chunk", type=int, default=None, help="Prompt tokens processed at a time  [8192 on a GPU, else 1024]")
 @click.option("--roles", type=click.Choice(["manifest", "all-local", "all-retrieval"]), default="manifest", help="Roles, or an ablation.")
 @click.option("--selection-top-p", type=float, default=None, help="Replace the manifest's selection top-p (1: retrieval heads dense).")
 @click.option("--stream/--no-stream", default=True, help="Print text as it comes (one prompt, not with --json).")

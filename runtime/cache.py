@@ -11,15 +11,13 @@ import torch
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.runtime.layout import LayerLayout
 
-FLOAT8_MAX = 448.0
-
 
 @dataclass(kw_only=True)
 class LayerCache:
     """One layer's tensors; None where the layer has no such group.
 
     ring_k_BWKD, ring_v_BWKD: local groups, W = sinks + window (see kernels.local_attention.ring_positions).
-    k_BSKD, v_BSKD: retained groups by position, S = capacity. index_k_BSIR: index keys of the retrieval heads.
+    k_BSKD, v_BSKD: retained groups by position, S = capacity. index_k_BSIR: index keys of the retrieval heads, [B, I, S, R] in memory.
     """
 
     ring_k_BWKD: torch.Tensor | None = None
@@ -34,20 +32,21 @@ class LayerCache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The valid rows of a right-padded chunk: row `row` of sequence `batch` has position `position` (three int64 vectors)."""
+class CacheView:
+    """The slots that one forward pass works on: views of a Cache's tensors, changed through it."""
 
-    batch: torch.Tensor
-    row: torch.Tensor
-    position: torch.Tensor
+    layers: tuple[LayerCache, ...]
+    lengths_B: torch.Tensor
+    dense: bool
 
 
 class Cache:
-    """Keys and values of a batch of sequences, each with its own length.
+    """Keys and values of a batch of sequences, each in a slot of its own with its own length.
 
     dense: every KV group is kept by position and there are no index keys (prompts below `dense_below`, exactness checks).
     lengths_B: int32 on the device, tokens written per sequence; `lengths` mirrors it on the host, so that nothing has to wait
-    for the device. Raises ValueError when batch or capacity is below 1 or the memory is not there.
+    for the device. Every slot has room for `capacity` tokens from the start: nothing is copied when a sequence grows, and addresses
+    stay the same for a captured graph. Raises ValueError when batch or capacity is below 1 or the memory is not there.
     """
 
     def __init__(
@@ -71,8 +70,7 @@ class Cache:
         try:
             # Zeros, not empty: attention masks by weight, and an unwritten NaN would survive a weight of zero.
             self.layers = tuple(
-                LayerCache(**{name: torch.zeros(shape, dtype=kind, device=device) for name, (shape, kind) in layer.items()})
-                for layer in shapes
+                LayerCache(**{name: _zeros(name, shape, kind, device) for name, (shape, kind) in layer.items()}) for layer in shapes
             )
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ValueError(f"{what} needs {wanted / 2**30:.2f} GiB on {device}, which could not be allocated") from error
@@ -91,34 +89,42 @@ class Cache:
                     f"sequence {b} has {length} tokens in the cache and gets {count} more, but the capacity is {self.capacity}"
                 )
 
-    def rows(self, counts: list[int]) -> Rows:
-        """The rows of a chunk whose first counts[b] tokens are valid, with the positions that they get."""
-        batch = [b for b, count in enumerate(counts) for _ in range(count)]
-        row = [t for count in counts for t in range(count)]
-        position = [self.lengths[b] + t for b, t in zip(batch, row, strict=True)]
-        batch_row_position = torch.tensor([batch, row, position], dtype=torch.int64).to(self.lengths_B.device)
-        return Rows(batch=batch_row_position[0], row=batch_row_position[1], position=batch_row_position[2])
+    def view(self, slot: int | None = None) -> CacheView:
+        """All slots, or a single one as a batch of 1."""
+        if slot is None:
+            return CacheView(layers=self.layers, lengths_B=self.lengths_B, dense=self.dense)
+        only = slice(slot, slot + 1)
+        layers = tuple(LayerCache(**{name: t if t is None else t[only] for name, t in vars(layer).items()}) for layer in self.layers)
+        return CacheView(layers=layers, lengths_B=self.lengths_B[only], dense=self.dense)
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot's sequence, so that another can take its place; the others stay as they are."""
+        self.lengths[slot] = 0
+        self.lengths_B[slot] = 0
+
+    def clone(self, source: int, targets: list[int]) -> None:
+        """Copy a slot's sequence into other slots, whatever these held: the tokens there are, not the whole capacity."""
+        length = self.lengths[source]
+        for target in targets:
+            for layer in self.layers:
+                for name, tensor in vars(layer).items():
+                    if tensor is not None:
+                        rows = slice(None) if name.startswith("ring") else slice(0, length)
+                        tensor[target, rows].copy_(tensor[source, rows])
+            self.lengths[target] = length
+            self.lengths_B[target] = length
 
     def advance(self, counts: list[int]) -> None:
-        """Count a chunk as written, after every layer has written it."""
+        """Count tokens as written on the host; the device's lengths are advanced by the pass that writes them."""
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.lengths_B += torch.tensor(counts, dtype=torch.int32).to(self.lengths_B.device)
-
-
-def write_rows(cache_BSXY: torch.Tensor, chunk_BTXY: torch.Tensor, rows: Rows) -> None:
-    """Write the chunk's valid rows at their positions, in place; values beyond the range of float8_e4m3fn saturate."""
-    values = chunk_BTXY[rows.batch, rows.row]
-    if cache_BSXY.dtype == torch.float8_e4m3fn:
-        stored = values.float().clamp(-FLOAT8_MAX, FLOAT8_MAX).to(cache_BSXY.dtype)
-        cache_BSXY.view(torch.uint8)[rows.batch, rows.position] = stored.view(torch.uint8)
-    else:
-        cache_BSXY[rows.batch, rows.position] = values.to(cache_BSXY.dtype)
 
 
 def available_bytes(device: torch.device) -> int:
     """Free device memory, or the RAM that can be had without swapping (total RAM where the system does not say)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch has reserved and does not use can be had as well.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         for line in meminfo.read_text().splitlines():
@@ -132,6 +138,14 @@ def require_memory(wanted: int, device: torch.device, what: str) -> None:
     available = available_bytes(device)
     if wanted > available:
         raise ValueError(f"{what} needs {wanted / 2**30:.2f} GiB on {device}, but {available / 2**30:.2f} GiB are available")
+
+
+def _zeros(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if name != "index_k_BSIR":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # Set by set in memory: scoring reads whole sets, and one after the other they stream faster (benchmarks/decode.md).
+    B, S, I, R = shape  # noqa: E741
+    return torch.zeros(B, I, S, R, dtype=dtype, device=device).transpose(1, 2)
 
 
 def _shapes(

@@ -1,42 +1,32 @@
 """The runtime: chunked prefill, decode and batched generation of a loaded artifact."""
 
 # B batch  T tokens  V vocabulary
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from rtpurbo.manifests.architectures import ARCHITECTURES, PreRopeTap
 from rtpurbo.manifests.manifest import Manifest
-from rtpurbo.runtime.attention import AttentionContext, LayerPlan
+from rtpurbo.runtime.batch import OnText, Request
 from rtpurbo.runtime.cache import Cache
-from rtpurbo.runtime.generation import Generation, Request, encode_prompts, run_batch
-from rtpurbo.runtime.sampling import SamplingOptions
-from rtpurbo.runtime.selection import DecodePlan, SelectionObserver, plan_decode
+from rtpurbo.runtime.forward import decode_step, prefill_chunk
+from rtpurbo.runtime.generation import Generation, encode_prompts, run_batch
+from rtpurbo.runtime.model import Model
+from rtpurbo.runtime.plans import LayerPlan, plan_decode
+from rtpurbo.runtime.sampling import Kind, SamplingOptions, sample
+from rtpurbo.runtime.state import CapturedStep, State
 
-PREFILL_CHUNK = 1024
-
-
-@dataclass(kw_only=True)
-class State:
-    """A batch in progress. `on_selection`, if set, sees every selection of decode steps (runtime.selection.SelectionObserver)."""
-
-    cache: Cache
-    decode_plans: tuple[DecodePlan | None, ...]
-    on_selection: SelectionObserver | None = None
+# Prompt tokens processed at a time unless the caller says otherwise.
+PREFILL_CHUNK = {"cpu": 1024, "cuda": 8192}
 
 
 class Runtime:
     """A loaded artifact. `runtime.loader.load` makes it; `manifest` holds the roles and top_p that it runs with."""
 
-    def __init__(
-        self, *, model: Any, tokenizer: Any | None, manifest: Manifest, device: torch.device, plans: tuple[LayerPlan, ...]
-    ) -> None:
-        self.model, self.tokenizer, self.manifest, self.device = model, tokenizer, manifest, device
+    def __init__(self, *, model: Model, tokenizer: Any | None, manifest: Manifest, plans: tuple[LayerPlan, ...]) -> None:
+        self.model, self.tokenizer, self.manifest, self.device = model, tokenizer, manifest, model.device
         self._plans = plans
-        # For the model's lifetime: registering hooks anew for every token would cost more than they do.
-        self._tap = PreRopeTap(model, ARCHITECTURES[manifest.model.model_type]).__enter__()
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -45,25 +35,26 @@ class Runtime:
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in (*ids, getattr(self.tokenizer, "eos_token_id", None)) if i is not None)
 
-    def start(self, batch: int, capacity: int, dense: bool = False) -> State:
+    def start(self, batch: int, capacity: int, dense: bool = False, *, graph: bool | None = None) -> State:
         """An empty batch whose sequences may grow to `capacity` tokens; dense: all heads attend fully, nothing is dropped.
 
-        Raises ValueError when the capacity exceeds max_position_embeddings or the memory is not there.
+        graph: run decode steps as a captured CUDA graph (default: on a GPU). Both ways compute the same.
+        Raises ValueError when the capacity exceeds max_position_embeddings, the memory is not there, or a graph is asked for on a CPU.
         """
         limit = self.manifest.model.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"{capacity} tokens exceed the model's max_position_embeddings {limit}")
+        if graph and self.device.type != "cuda":
+            raise ValueError(f"graph needs a CUDA device, the model is on {self.device}")
         layouts = tuple(plan.layout for plan in self._plans)
         dtype = self.model.dtype
         cache = Cache(self.manifest, layouts, batch=batch, capacity=capacity, dtype=dtype, device=self.device, dense=dense)
         try:
-            plans = tuple(
-                None if dense else plan_decode(self.manifest, layout, batch=batch, capacity=capacity, device=self.device)
-                for layout in layouts
-            )
+            plans = plan_decode(self.manifest, layouts, batch=batch, capacity=capacity, device=self.device, dense=dense)
+            rope = self.model.rope(capacity)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"no memory on {self.device} for decoding {batch} sequences of {capacity} tokens") from error
-        return State(cache=cache, decode_plans=plans)
+        return State.of(cache, plans, rope, graph=self.device.type == "cuda" if graph is None else graph)
 
     @torch.no_grad()
     def prefill(
@@ -72,50 +63,67 @@ class Runtime:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         *,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
         all_logits: bool = False,
+        slot: int | None = None,
     ) -> torch.Tensor:
-        """Append tokens [B, T] with the prefill pattern, `chunk` at a time.
+        """Append tokens [B, T] with the prefill pattern, `chunk` at a time (default: PREFILL_CHUNK of the device).
 
-        attention_mask [B, T] marks the real tokens (left or right padding); positions count real tokens only. Returns the logits
-        after each sequence's last real token [B, V]; with all_logits those of every token [B, T, V], 0 at padding.
+        attention_mask [B, T] marks the real tokens (left or right padding); positions count real tokens only. slot: append one
+        sequence [1, T] to this slot only; the other slots keep their state. Returns the logits after each sequence's last real
+        token [B, V]; with all_logits those of every token [B, T, V], 0 at padding.
         Raises ValueError, before anything is written, for an empty row or more tokens than the cache has room for.
         """
+        chunk = PREFILL_CHUNK[self.device.type] if chunk is None else chunk
         if chunk < 1:
             raise ValueError(f"prefill chunk is {chunk}, wanted at least 1")
-        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if input_ids.shape != mask_BT.shape or input_ids.ndim != 2 or input_ids.shape[0] != state.cache.batch:
-            raise ValueError(
-                f"prefill: input_ids {tuple(input_ids.shape)} and attention_mask {tuple(mask_BT.shape)} do not fit "
-                f"a batch of {state.cache.batch}"
-            )
-        # Real tokens first, in order: the caller's padding side does not matter any more.
-        order_BT = torch.argsort(mask_BT.cpu().bool(), dim=1, descending=True, stable=True)
-        counts = mask_BT.bool().sum(dim=1).tolist()
+        slots = range(state.cache.batch) if slot is None else [slot]
+        shape, mask_shape = input_ids.shape, None if attention_mask is None else attention_mask.shape
+        if len(shape) != 2 or shape[0] != len(slots) or mask_shape not in (None, shape):
+            found = None if mask_shape is None else tuple(mask_shape)
+            raise ValueError(f"prefill: input_ids {tuple(shape)} and attention_mask {found} do not fit a batch of {len(slots)}")
+        ids_BT, order_BT, counts = _real_tokens_first(input_ids, attention_mask)
         if min(counts) == 0:
             raise ValueError(f"prefill: sequence {counts.index(0)} has no token")
-        state.cache.check_room(counts)
-        ids_BT = input_ids.cpu().gather(1, order_BT).to(self.device)
+        added = [0] * state.cache.batch
+        for b, count in zip(slots, counts, strict=True):
+            added[b] = count
+        state.cache.check_room(added)
+        lengths = [state.cache.lengths[b] for b in slots]
+        logits = self._prefill(state, slot, ids_BT.to(self.device), counts, lengths, chunk, all_logits)
+        state.cache.advance(added)
+        if not all_logits:
+            return logits
+        out_BTV = logits.new_zeros(*input_ids.shape, logits.shape[-1])
+        for b, count in enumerate(counts):
+            out_BTV[b, order_BT[b, :count].to(self.device)] = logits[b, :count]
+        return out_BTV
+
+    def _prefill(
+        self, state: State, slot: int | None, ids_BT: torch.Tensor, counts: list[int], lengths: list[int], chunk: int, all_logits: bool
+    ) -> torch.Tensor:
+        """All chunks of right-padded rows: logits of every row [B, T, V], or after each sequence's last token [B, V]."""
         pieces, last = [], [torch.empty(0)] * len(counts)
         for begin in range(0, max(counts), chunk):
             part = [min(max(count - begin, 0), chunk) for count in counts]
             ends = {b: n - 1 for b, n in enumerate(part) if n and begin + n == counts[b]}
-            rows = sorted(set(ends.values()))
-            keep = list(range(max(part))) if all_logits else rows
-            logits_BtV = self._forward(state, ids_BT[:, begin : begin + max(part)], part, "prefill", keep)
+            keep = list(range(max(part))) if all_logits else sorted(set(ends.values()))
+            logits_BkV = prefill_chunk(
+                self.model,
+                self._plans,
+                self.manifest,
+                state.cache.view(slot),
+                ids_BT[:, begin : begin + max(part)],
+                torch.tensor(part, dtype=torch.int32).to(self.device, non_blocking=True),
+                newest=max(length + begin + n for length, n in zip(lengths, part, strict=True) if n),
+                keep=keep,
+            )
             if all_logits:
-                pieces.append(logits_BtV)
+                pieces.append(logits_BkV)
             for b, row in ends.items():
-                last[b] = logits_BtV[b, keep.index(row)]
-        if not all_logits:
-            return torch.stack(last)
-        logits_BTV = torch.cat(pieces, dim=1)
-        out_BTV = logits_BTV.new_zeros(*input_ids.shape, logits_BTV.shape[-1])
-        for b, count in enumerate(counts):
-            out_BTV[b, order_BT[b, :count].to(self.device)] = logits_BTV[b, :count]
-        return out_BTV
+                last[b] = logits_BkV[b, keep.index(row)]
+        return torch.cat(pieces, dim=1) if all_logits else torch.stack(last)
 
-    @torch.no_grad()
     def decode(self, state: State, token_ids: torch.Tensor, active: Sequence[bool] | None = None) -> torch.Tensor:
         """Append one token [B] to each active sequence (default: all) with the decode pattern; logits [B, V].
 
@@ -124,9 +132,30 @@ class Runtime:
         """
         if token_ids.shape != (state.cache.batch,):
             raise ValueError(f"decode: token_ids {tuple(token_ids.shape)} do not fit a batch of {state.cache.batch}")
-        counts = [1] * state.cache.batch if active is None else [int(on) for on in active]
+        active = [True] * state.cache.batch if active is None else list(active)
+        state.cache.check_room([int(on) for on in active])
+        state.ids_B.copy_(token_ids, non_blocking=True)
+        # A captured graph writes its logits to the same place every time.
+        return self.advance(state, active).clone()
+
+    @torch.no_grad()
+    def advance(self, state: State, active: Sequence[bool], kind: Kind = "greedy") -> torch.Tensor:
+        """Append state.ids_B to the active sequences and sample each one's next token into state.ids_B, without waiting for it.
+
+        kind: the least sampling work that covers the sequences' options (runtime.sampling.kind_of). Returns logits [B, V], valid
+        until the next step. Raises ValueError, before anything is written, when a sequence has no room.
+        """
+        counts = [int(on) for on in active]
         state.cache.check_room(counts)
-        return self._forward(state, token_ids.to(self.device)[:, None], counts, "decode", [0])[:, 0]
+        state.activate(active)
+        if not state.graph or state.on_selection is not None:
+            logits_BV = self._decode_step(state, kind)
+        else:
+            if kind not in state.graphs:
+                state.graphs[kind] = CapturedStep(state, lambda: self._decode_step(state, kind))
+            logits_BV = state.graphs[kind].replay()
+        state.cache.advance(counts)
+        return logits_BV
 
     def generate(
         self,
@@ -139,8 +168,8 @@ class Runtime:
         top_p: float = 1.0,
         stop: Sequence[str] = (),
         seed: int = 0,
-        prefill_chunk: int = PREFILL_CHUNK,
-        on_text: Callable[[int, str], None] | None = None,
+        prefill_chunk: int | None = None,
+        on_text: OnText | None = None,
     ) -> list[Generation]:
         """Continue prompts (texts or token ids), as one batch; one Generation per prompt, in order.
 
@@ -156,7 +185,7 @@ class Runtime:
         work, for empty prompts, options out of range, and prompts that with max_new_tokens exceed max_position_embeddings.
         """
         options = SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        if max_new_tokens < 1 or prefill_chunk < 1:
+        if max_new_tokens < 1 or (prefill_chunk is not None and prefill_chunk < 1):
             raise ValueError(f"max_new_tokens is {max_new_tokens} and prefill_chunk {prefill_chunk}, wanted at least 1")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stop or (stop and self.tokenizer is None):
@@ -169,39 +198,41 @@ class Runtime:
                     f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it exceeds the model's "
                     f"max_position_embeddings {limit}"
                 )
+        requests = [
+            Request(index=i, prompt=tuple(prompt), options=options, max_new_tokens=max_new_tokens, stop=stop)
+            for i, prompt in enumerate(ids)
+        ]
         answers: dict[int, Generation] = {}
         for dense in (False, True):
-            batch = {i: prompt for i, prompt in enumerate(ids) if (len(prompt) < self.manifest.dense_below) == dense}
-            if batch:
-                request = Request(prompts=batch, options=options, max_new_tokens=max_new_tokens, stop=stop, dense=dense)
-                answers |= run_batch(self, request, prefill_chunk, on_text)
+            together = [r for r in requests if (len(r.prompt) < self.manifest.dense_below) == dense]
+            if together:
+                answers |= run_batch(self, together, dense, prefill_chunk, on_text)
         return [answers[i] for i in range(len(ids))]
 
-    def _forward(
-        self, state: State, ids_BT: torch.Tensor, counts: list[int], phase: Literal["prefill", "decode"], keep: list[int]
-    ) -> torch.Tensor:
-        """One pass over a right-padded chunk; logits of its rows `keep`."""
-        cache = state.cache
-        counts_B = torch.tensor(counts, dtype=torch.int32).to(self.device)
-        context = AttentionContext(
-            manifest=self.manifest,
-            plans=self._plans,
-            decode_plans=state.decode_plans,
-            cache=cache,
-            tap=self._tap,
-            phase=phase,
-            counts_B=counts_B,
-            rows=cache.rows(counts),
-            newest=max(length + count for length, count in zip(cache.lengths, counts, strict=True)),
-            on_selection=state.on_selection,
+    def _decode_step(self, state: State, kind: Kind) -> torch.Tensor:
+        """One step and its sampling, on the device alone: what a graph captures."""
+        logits_BV = decode_step(
+            self.model,
+            self._plans,
+            self.manifest,
+            state.cache.view(),
+            state.decode_plans,
+            state.ids_B,
+            state.active_B,
+            state.rope,
+            state.on_selection,
         )
-        position_BT = cache.lengths_B.long()[:, None] + torch.arange(ids_BT.shape[1], device=self.device)
-        output = self.model(
-            input_ids=ids_BT,
-            position_ids=position_BT,
-            use_cache=False,
-            rtpurbo=context,
-            logits_to_keep=torch.tensor(keep, dtype=torch.int64, device=self.device),
-        )
-        cache.advance(counts)
-        return output.logits
+        sampled_B = sample(logits_BV, replace(state.options, kind=kind), state.seed_B, state.step_B)
+        state.ids_B.copy_(torch.where(state.active_B > 0, sampled_B, state.ids_B))
+        state.step_B.add_(state.active_B)
+        return logits_BV
+
+
+def _real_tokens_first(input_ids: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Tokens with the real ones of each row first, in order, so that the padding side does not matter; where each came from; counts."""
+    B, T = input_ids.shape
+    if mask_BT is None:
+        return input_ids, torch.arange(T).expand(B, T), [T] * B
+    real_BT = mask_BT.cpu().bool()
+    order_BT = torch.argsort(real_BT, dim=1, descending=True, stable=True)
+    return input_ids.cpu().gather(1, order_BT), order_BT, real_BT.sum(dim=1).tolist()

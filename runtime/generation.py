@@ -1,21 +1,14 @@
-"""One batch of requests from token ids to answers: prompts encoded, tokens picked, text streamed, sequences ended."""
+"""From prompts to answers: texts encoded, one batch of requests run to its end."""
 
-# B batch  V vocabulary
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from rtpurbo.runtime.sampling import Sampler, SamplingOptions
-from rtpurbo.runtime.text import TextStream
+from rtpurbo.runtime.batch import Batch, OnText, Reason, Request
 
 if TYPE_CHECKING:
     from rtpurbo.runtime.engine import Runtime
-
-Reason = Literal["stop", "eos", "length"]
-OnText = Callable[[int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,50 +30,29 @@ class Generation:
     cache_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Prompts of one mode, by their index in the caller's list, and how to continue them."""
-
-    prompts: dict[int, list[int]]
-    options: SamplingOptions
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    dense: bool
-
-
-def run_batch(runtime: "Runtime", request: Request, prefill_chunk: int, on_text: OnText | None) -> dict[int, Generation]:
-    """Prefill and decode the request's prompts together until each has ended; answers by prompt index."""
-    indices, prompts = list(request.prompts), list(request.prompts.values())
-    longest = max(map(len, prompts))
-    state = runtime.start(len(indices), longest + request.max_new_tokens, request.dense)
-    ids_BT = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    mask_BT = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
-    sampler, eos = Sampler(request.options, indices, runtime.device), runtime.eos_token_ids
-    sequences = [_Sequence(index=i, stream=TextStream(runtime.tokenizer, request.stop)) for i in indices]
+def run_batch(
+    runtime: "Runtime", requests: Sequence[Request], dense: bool, prefill_chunk: int | None, on_text: OnText | None
+) -> dict[int, Generation]:
+    """Prefill the requests one after the other, decode them together until each has ended; answers by index."""
     began = time.perf_counter()
-    picked = sampler.pick(runtime.prefill(state, ids_BT, mask_BT, chunk=prefill_chunk)).tolist()
-    decode_began, steps = time.perf_counter(), 0
-    while True:
-        for sequence, token in zip(sequences, picked, strict=True):
-            if sequence.reason is None:
-                sequence.take(token, eos, request.max_new_tokens, on_text)
-        active = [sequence.reason is None for sequence in sequences]
-        if not any(active):
-            break
-        picked = sampler.pick(runtime.decode(state, torch.tensor(picked), active)).tolist()
-        steps += 1
+    capacity = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    batch = Batch(runtime, slots=len(requests), capacity=capacity, dense=dense)
+    sequences = [batch.add([request], prefill_chunk=prefill_chunk, on_text=on_text)[0] for request in requests]
+    decode_began = time.perf_counter()
+    while batch.running:
+        batch.step()
     ended = time.perf_counter()
     return {
-        sequence.index: Generation(
+        sequence.request.index: Generation(
             text=sequence.stream.text,
             token_ids=tuple(sequence.tokens),
-            prompt_tokens=len(request.prompts[sequence.index]),
+            prompt_tokens=len(sequence.request.prompt),
             finish_reason=sequence.reason or "length",
-            dense=request.dense,
+            dense=dense,
             prefill_s=decode_began - began,
             decode_s=ended - decode_began,
-            decode_steps=steps,
-            cache_bytes=state.cache.nbytes(),
+            decode_steps=batch.steps,
+            cache_bytes=batch.state.cache.nbytes(),
         )
         for sequence in sequences
     }
@@ -118,28 +90,3 @@ def _encode(tokenizer: Any | None, text: str, chat: bool) -> list[int]:
         raise ValueError("the artifact's tokenizer has no chat template: run without chat")
     message = [{"role": "user", "content": text}]
     return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"])
-
-
-class _Sequence:
-    """One sequence in progress."""
-
-    def __init__(self, *, index: int, stream: TextStream) -> None:
-        self.index, self.stream = index, stream
-        self.tokens: list[int] = []
-        self.reason: Reason | None = None
-
-    def take(self, token: int, eos: frozenset[int], max_new_tokens: int, on_text: OnText | None) -> None:
-        """Add a token, stream the text that it completes, and notice the end."""
-        if token in eos:
-            piece = self.stream.finish()
-            self.reason = "eos"
-        else:
-            self.tokens.append(token)
-            piece = self.stream.push(token)
-            if not self.stream.stopped and len(self.tokens) == max_new_tokens:
-                piece += self.stream.finish()
-                self.reason = "length"
-            if self.stream.stopped:
-                self.reason = "stop"
-        if piece and on_text is not None:
-            on_text(self.index, piece)

@@ -1,10 +1,7 @@
 """How a layer's heads are laid out at run time: retained KV groups first, retrieval heads first inside each."""
 
-# H query heads  K kv heads  D head dim
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from rtpurbo.manifests.manifest import LayerRoles, Manifest
 
@@ -117,25 +114,3 @@ def layout_of(manifest: Manifest, layer: int) -> LayerLayout:
         key_sets=tuple(range(len(heads))) if by_head else groups_of_heads,
         key_groups=groups_of_heads if by_head else tuple(range(len(retained))),
     )
-
-
-@torch.no_grad()
-def permute_heads(attention: Any, layout: LayerLayout) -> None:
-    """Reorder an attention module's heads in place: rows of q_proj, k_proj, v_proj (and biases), columns of o_proj.
-
-    The module computes the same function: every head keeps its own rows, columns and KV group. q_norm and k_norm are shared
-    by all heads and stay.
-    """
-    head_dim = attention.head_dim
-    for name, order in (("q_proj", layout.head_order), ("k_proj", layout.group_order), ("v_proj", layout.group_order)):
-        projection = getattr(attention, name)
-        for tensor in (projection.weight, projection.bias):
-            if tensor is not None:
-                tensor.copy_(_rows(tensor, order, head_dim))
-    weight = attention.o_proj.weight
-    weight.copy_(_rows(weight.T, layout.head_order, head_dim).T)
-
-
-def _rows(tensor: torch.Tensor, order: tuple[int, ...], head_dim: int) -> torch.Tensor:
-    index = torch.tensor(order, device=tensor.device)
-    return tensor.unflatten(0, (-1, head_dim)).index_select(0, index).flatten(0, 1)

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from rtpurbo.manifests.architectures import architecture_of, head_dim_of, key_value_heads_of
 from rtpurbo.manifests.manifest import INDEXER_NAME, MANIFEST_NAME, Manifest, verify_files
-from rtpurbo.runtime.attention import NAME, plan_layer
 from rtpurbo.runtime.cache import require_memory
+from rtpurbo.runtime.checkpoint import read_weights, stored_dtype
 from rtpurbo.runtime.engine import Runtime
-from rtpurbo.runtime.layout import Roles, layout_of, permute_heads, with_roles
+from rtpurbo.runtime.layout import LayerLayout, Roles, layout_of, with_roles
+from rtpurbo.runtime.model import Model, fill_random
+from rtpurbo.runtime.plans import plan_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX_DTYPES = (torch.float32, torch.bfloat16)
@@ -53,15 +55,30 @@ def load(
     config = read_config(folder, artifact)
     weights = read_indexer(folder, artifact)
     _check_weight_memory(folder, artifact, config, dtype, where)
-    model = load_model(folder, NAME, dtype)
     tokenizer = load_tokenizer(folder)
     layouts = tuple(layout_of(manifest, i) for i in range(len(manifest.layers)))
-    for layer, layout in zip(model.model.layers, layouts, strict=True):
-        permute_heads(layer.self_attn, layout)
-    model.to(where)
+    model = load_weights(folder, layouts, where, dtype)
     used = weights if manifest.top_p < 1 and manifest.layers == artifact.layers else {}
-    plans = tuple(plan_layer(layout, used, i, where) for i, layout in enumerate(layouts))
-    return Runtime(model=model, tokenizer=tokenizer, manifest=manifest, device=where, plans=plans)
+    return Runtime(model=model, tokenizer=tokenizer, manifest=manifest, plans=plan_layers(model, layouts, used))
+
+
+def random_runtime(
+    config: Any, manifest: Manifest, device: torch.device, dtype: torch.dtype, seed: int, *, index_std: float = 0.1
+) -> Runtime:
+    """A Runtime with random weights made on the device, for measurements: no tokenizer, no end-of-sequence token.
+
+    config: transformers' config of the model. Its weights are initialised as transformers does; index projections are normal with
+    std index_std. Raises ValueError when config and manifest differ in geometry, or the memory is not there.
+    """
+    check_geometry(config.to_dict(), manifest, "config")
+    layouts = tuple(layout_of(manifest, i) for i in range(len(manifest.layers)))
+    model = Model(config, device=device, dtype=dtype)
+    fill_random(model, seed)
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator(device).manual_seed(seed + 1)
+    shapes = manifest.index_shapes() if manifest.top_p < 1 else {}
+    index = {name: index_std * torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
+    return Runtime(model=model, tokenizer=None, manifest=manifest, plans=plan_layers(model, layouts, index))
 
 
 def device_of(device: str) -> torch.device:
@@ -106,7 +123,13 @@ def read_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: wanted a JSON object")
-    architecture_of(config, str(path))
+    check_geometry(config, manifest, str(path))
+    return config
+
+
+def check_geometry(config: dict[str, Any], manifest: Manifest, source: str) -> None:
+    """ValueError, naming `source` and the key, unless the config is supported and has the manifest's geometry."""
+    architecture_of(config, source)
     found = {
         **{key: config[key] for key in ("model_type", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")},
         "num_key_value_heads": key_value_heads_of(config),
@@ -114,8 +137,7 @@ def read_config(folder: Path, manifest: Manifest) -> dict[str, Any]:
     }
     for key, wanted in asdict(manifest.model).items():
         if found[key] != wanted:
-            raise ValueError(f"{path}: {key} is {found[key]!r}, but {MANIFEST_NAME} says {wanted!r}")
-    return config
+            raise ValueError(f"{source}: {key} is {found[key]!r}, but {MANIFEST_NAME} says {wanted!r}")
 
 
 def read_indexer(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -146,25 +168,17 @@ def read_indexer(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_model(folder: Path, attention: str, dtype: str) -> Any:
-    """The causal language model of a folder in evaluation mode, on the CPU, with the named attention implementation."""
+def load_weights(folder: Path, layouts: tuple[LayerLayout, ...], device: torch.device, dtype: str) -> Model:
+    """The model of a folder with its heads in run-time order, read straight to the device; ValueError for whatever does not fit."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            attn_implementation=attention,
-            dtype=dtype if dtype == "auto" else DTYPES[dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = Model(config, device=device, dtype=stored_dtype(folder, config) if dtype == "auto" else DTYPES[dtype])
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(f"{folder}: the model cannot be loaded ({' '.join(str(error).split())[:300]})") from error
-    model, report = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            name = sorted(map(str, report[kind]))[0]
-            raise ValueError(f"{folder}: {len(report[kind])} weights are {kind.removesuffix('_keys')}, the first is {name}")
-    return model.eval().requires_grad_(False)
+    read_weights(model, folder, layouts)
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -178,13 +192,12 @@ def load_tokenizer(folder: Path) -> Any | None:
 
 
 def _check_weight_memory(folder: Path, manifest: Manifest, config: dict[str, Any], dtype: str, device: torch.device) -> None:
-    """Refuse before loading when the weights do not fit: they pass through RAM, then move to the device."""
+    """Refuse before loading when the weights do not fit on the device; they are read there tensor by tensor."""
     stored = sum(entry.size_bytes for name, entry in manifest.files.items() if name.endswith(".safetensors"))
     kept = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."), None)
     if dtype != "auto" and isinstance(kept, torch.dtype):
         stored = stored * DTYPES[dtype].itemsize // kept.itemsize
-    for place in dict.fromkeys((torch.device("cpu"), device)):
-        require_memory(stored, place, f"{folder.name}: the model")
+    require_memory(stored, device, f"{folder.name}: the model")
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from rtpurbo.manifests.manifest import MANIFEST_NAME, SCHEMA_VERSION
-from rtpurbo.runtime.engine import Runtime, State
-from rtpurbo.runtime.loader import device_of, load, load_model
-from rtpurbo.runtime.selection import SelectionObserver
+from rtpurbo.runtime.engine import Runtime
+from rtpurbo.runtime.loader import device_of, load
+from rtpurbo.runtime.plans import SelectionObserver
+from rtpurbo.runtime.state import State
 
 # Largest relative error of a token's logits between two exact computations of the same mask. A wrong head, mask or position
 # gives errors near 1; in 16 bits, rounding and a router's near-ties leave some room below that.
@@ -40,24 +42,26 @@ def verify(folder: str | Path, *, device: str = "auto", dtype: str = "auto", num
     dense_mode, dense_state = teacher_forced(runtime, token_ids, prompt, dense=True)
     kept = KeptBlocks(runtime.manifest.decode_block)
     sparse, sparse_state = teacher_forced(runtime, token_ids, prompt, dense=False, on_selection=kept.observe)
-    plain = load_model(Path(folder), "sdpa", dtype).to(where)
-    with torch.no_grad():
-        dense = plain(input_ids=torch.tensor([token_ids], device=where), use_cache=False).logits[0].float().cpu()
-    error = relative_error(dense_mode, dense, runtime.model.dtype, str(folder))
+    checked, weights = _checked(Path(folder), runtime), runtime.model.dtype
+    cache_bytes = sparse_state.cache.nbytes(), dense_state.cache.nbytes()
+    # The device may hold one model, not two.
+    del runtime, dense_state, sparse_state
+    dense = transformers_logits(Path(folder), token_ids, weights, where)
+    error = relative_error(dense_mode, dense, weights, str(folder))
     return {
-        **_checked(Path(folder), runtime),
+        **checked,
         "device": str(where),
-        "dtype": str(runtime.model.dtype).removeprefix("torch."),
+        "dtype": str(weights).removeprefix("torch."),
         "tokens": len(token_ids),
         "decoded_tokens": len(token_ids) - prompt,
         "dense_relative_error": error,
-        "dense_tolerance": DENSE_TOLERANCE[runtime.model.dtype],
+        "dense_tolerance": DENSE_TOLERANCE[weights],
         "dense_max_abs_error": float((dense_mode - dense).abs().max()),
         "prefill": compare(dense[:prompt], sparse[:prompt]),
         "decode": compare(dense[prompt:], sparse[prompt:]),
         "kept_blocks": kept.share,
-        "sparse_cache_bytes": sparse_state.cache.nbytes(),
-        "dense_cache_bytes": dense_state.cache.nbytes(),
+        "sparse_cache_bytes": cache_bytes[0],
+        "dense_cache_bytes": cache_bytes[1],
     }
 
 
@@ -82,6 +86,25 @@ def teacher_forced(
     logits = [runtime.prefill(state, torch.tensor([token_ids[:prompt]]), chunk=CHUNK, all_logits=True)[0].float().cpu()]
     logits += [runtime.decode(state, torch.tensor([token])).float().cpu() for token in token_ids[prompt:]]
     return torch.cat(logits), state
+
+
+@torch.no_grad()
+def transformers_logits(folder: Path, token_ids: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Logits fp32 [T, V] on the CPU of transformers' own model of the folder; ValueError where it finds the weights incomplete."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{folder}: transformers cannot load the model ({' '.join(str(error).split())[:300]})") from error
+    model, report = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            name = min(map(str, report[kind]))
+            raise ValueError(
+                f"{folder}: for transformers {len(report[kind])} weights are {kind.removesuffix('_keys')}, the first is {name}"
+            )
+    return model.eval().to(device)(input_ids=torch.tensor([token_ids], device=device), use_cache=False).logits[0].float().cpu()
 
 
 def relative_error(found_TV: torch.Tensor, wanted_TV: torch.Tensor, dtype: torch.dtype, source: str) -> float:

@@ -271,11 +271,6 @@ def test_right_and_left_padding_give_the_same_logits(runtime: Runtime) -> None:
     assert (every[1, :3] == 0).all()
 
 
-def test_the_model_refuses_to_run_without_a_cache(runtime: Runtime) -> None:
-    with pytest.raises(ValueError, match=r"runs through rtpurbo\.runtime only"):
-        runtime.model(input_ids=torch.tensor([[1, 2]]))
-
-
 def test_a_generation_is_frozen(runtime: Runtime) -> None:
     answer = runtime.generate("some prompt", max_new_tokens=1)[0]
     with pytest.raises(dataclasses.FrozenInstanceError):

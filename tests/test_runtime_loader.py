@@ -14,11 +14,10 @@ import pytest
 import torch
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from rtpurbo.manifests.manifest import INDEXER_NAME, MANIFEST_NAME, Manifest
 from rtpurbo.runtime.cache import require_memory
-from rtpurbo.runtime.layout import layout_of, permute_heads, with_roles
+from rtpurbo.runtime.layout import layout_of, with_roles
 from rtpurbo.runtime.loader import load
 from rtpurbo.runtime.verify import relative_error, verify
 
@@ -181,20 +180,6 @@ def test_retained_groups_come_first_and_retrieval_heads_lead_each_group(tmp_path
     assert layout.index_k_rows == (1, 2, 0)
     assert layout.key_sets == (0, 0, 0, 1, 1, 2)
     assert layout.key_groups == (0, 1, 2)
-
-
-@pytest.mark.parametrize("family", eager.FAMILIES)
-def test_permuting_heads_does_not_change_the_dense_model(tmp_path: Path, family: str) -> None:
-    manifest = eager.save_artifact(tmp_path, eager.tiny_config(family, heads=8, groups=4, layers=2), [[1, 6, 7], [5]])
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        for i, layer in enumerate(model.model.layers):
-            weight = layer.self_attn.q_proj.weight.clone()
-            permute_heads(layer.self_attn, layout_of(manifest, i))
-            assert not torch.equal(weight, layer.self_attn.q_proj.weight)
-        assert (model(input_ids=ids).logits - before).abs().max() < 1e-4
 
 
 def test_roles_of_an_ablation_replace_every_layers_roles(folder: Path) -> None:

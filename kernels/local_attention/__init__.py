@@ -174,15 +174,15 @@ def write_ring(
     window: int,
     sinks: int,
 ) -> None:
-    """Write a chunk's keys (or values) into the ring, in place, after the chunk has attended.
+    """Write a chunk's keys (or values) into the ring, in place, after the chunk has attended; the host waits for nothing.
 
     Row t < counts_B[b] has position lengths_B[b] + t; only the newest `window` of them and the sinks are kept.
     """
-    T = chunk_BTKD.shape[1]
-    offset_T = torch.arange(T, device=chunk_BTKD.device)
-    position_BT = lengths_B.long()[:, None] + offset_T
-    end_B1 = (lengths_B.long() + counts_B.long())[:, None]
-    kept_BT = (offset_T < counts_B.long()[:, None]) & ((position_BT < sinks) | (position_BT >= end_B1 - window))
-    slot_BT = torch.where(position_BT < sinks, position_BT, sinks + torch.remainder(position_BT - sinks, window))
-    batch, row = torch.nonzero(kept_BT, as_tuple=True)
-    ring_BWKD[batch, slot_BT[batch, row]] = chunk_BTKD[batch, row].to(ring_BWKD.dtype)
+    if chunk_BTKD.shape[1] == 0:
+        return
+    batch_B1 = torch.arange(chunk_BTKD.shape[0], device=chunk_BTKD.device)[:, None]
+    # Seen from the slots: which row of the chunk ends up in each, if any.
+    row_BW = ring_positions(lengths_B + counts_B, window, sinks) - lengths_B.long()[:, None]
+    written_BW11 = (row_BW >= 0)[:, :, None, None]
+    new_BWKD = chunk_BTKD[batch_B1, row_BW.clamp(min=0)].to(ring_BWKD.dtype)
+    ring_BWKD.copy_(torch.where(written_BW11, new_BWKD, ring_BWKD))

@@ -1,0 +1,176 @@
+"""The forward pass: a chunk of prompt tokens, or one new token per sequence, through all layers; eager on a CPU, kernels on a GPU."""
+
+# B batch  T chunk tokens  t tokens of the batch, flat  C hidden  M (H + 2 K) D  H query heads  K kv heads  D head dim
+# E experts  X experts a token  V vocabulary  R index dim
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from rtpurbo.kernels.append import rope_append
+from rtpurbo.kernels.decode_layer import DecodeLayerPlan, decode_layer
+from rtpurbo.kernels.gated_silu import gated_silu
+from rtpurbo.kernels.local_attention import write_ring
+from rtpurbo.kernels.norm import add_norm
+from rtpurbo.kernels.prefill_layer import prefill_layer
+from rtpurbo.manifests.manifest import Manifest
+from rtpurbo.runtime.cache import CacheView, LayerCache
+from rtpurbo.runtime.model import Experts, Layer, Mlp, Model
+from rtpurbo.runtime.plans import LayerPlan, SelectionObserver, mask_of
+
+# The widest activations of an MLP stay below this, whatever the chunk.
+MLP_BYTES = 512 << 20
+
+# (layer index, fused projections [B, T, M]) -> attention output [t, H D].
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
+
+
+def prefill_chunk(
+    model: Model,
+    plans: tuple[LayerPlan, ...],
+    manifest: Manifest,
+    cache: CacheView,
+    ids_BT: torch.Tensor,
+    counts_B: torch.Tensor,
+    *,
+    newest: int,
+    keep: list[int],
+) -> torch.Tensor:
+    """Append the first counts_B (int32) tokens of every row of ids_BT with the prefill pattern and advance the lengths.
+
+    newest: no sequence is longer than this afterwards (host). keep: rows of the chunk whose logits are returned, [B, len(keep), V].
+    """
+    shared: dict[str, Any] = {"lengths_B": cache.lengths_B, "counts_B": counts_B}
+    ring: dict[str, Any] = {"window": manifest.sliding_window, "sinks": manifest.sinks}
+    cos_SE, sin_SE = model.rope(newest)
+    topp = manifest.prefill_pattern == "topp" and not cache.dense
+
+    def attend(i: int, qkv_BTM: torch.Tensor) -> torch.Tensor:
+        plan, layer = plans[i], cache.layers[i]
+        select = topp and plan.selects
+        q_BTHD, k_BTKD, v_BTKD, index_q_BTHR = rope_append(
+            qkv_BTM, plan=plan.append, cos_SE=cos_SE, sin_SE=sin_SE, **shared, index_queries=select, **_retained(layer),
+            index_k_BSIR=layer.index_k_BSIR,
+        )  # fmt: skip
+        selection: dict[str, Any] = {
+            "pattern": "topp", "index_q_BTHR": index_q_BTHR, "index_k_BSIR": layer.index_k_BSIR, "key_sets": plan.layout.key_sets,
+            "index_scale": manifest.indexer.scale, "top_p": manifest.top_p, "prefill_block": manifest.prefill_block,
+        }  # fmt: skip
+        out_BTHD = prefill_layer(
+            q_BTHD, k_BTKD, v_BTKD, retrieval_counts=plan.layout.retrieval_counts, newest=newest, scale=model.scale, dense=cache.dense,
+            **shared, **ring, **_retained(layer), **_rings(layer), **(selection if select else {}),
+        )  # fmt: skip
+        if layer.ring_k_BWKD is not None and layer.ring_v_BWKD is not None:
+            # After the chunk attended: its early rows still saw the keys that this replaces.
+            first = model.num_groups - layer.ring_k_BWKD.shape[2]
+            write_ring(layer.ring_k_BWKD, k_BTKD[:, :, first:], **shared, **ring)
+            write_ring(layer.ring_v_BWKD, v_BTKD[:, :, first:], **shared, **ring)
+        return out_BTHD.flatten(2).flatten(0, 1)
+
+    x_tC, residual_tC = _layers(model, ids_BT, attend)
+    cache.lengths_B.add_(counts_B)
+    B, T = ids_BT.shape
+    if not keep:
+        return x_tC.new_empty(B, 0, model.head_VC.shape[0])
+    kept = [x.unflatten(0, (B, T))[:, keep].flatten(0, 1) for x in (x_tC, residual_tC)]
+    return _logits(model, *kept).unflatten(0, (B, len(keep)))
+
+
+def decode_step(
+    model: Model,
+    plans: tuple[LayerPlan, ...],
+    manifest: Manifest,
+    cache: CacheView,
+    decode_plans: tuple[DecodeLayerPlan, ...],
+    ids_B: torch.Tensor,
+    active_B: torch.Tensor,
+    rope: tuple[torch.Tensor, torch.Tensor],
+    on_selection: SelectionObserver | None = None,
+) -> torch.Tensor:
+    """Append one token to every sequence with active_B (int32) 1 and advance its length, on the device alone; logits [B, V].
+
+    Nothing here waits for the device or depends on values on the host, so that a CUDA graph can hold it. The other sequences are
+    not written; their logits mean nothing. rope: tables up to the cache's capacity.
+    """
+    visible_B = (cache.lengths_B + 1) * active_B
+
+    def attend(i: int, qkv_BTM: torch.Tensor) -> torch.Tensor:
+        plan, layer = plans[i], cache.layers[i]
+        select = plan.selects and not cache.dense
+        q_BTHD, _, _, index_q_BTHR = rope_append(
+            qkv_BTM, plan=plan.append, cos_SE=rope[0], sin_SE=rope[1], lengths_B=cache.lengths_B, counts_B=active_B,
+            window=manifest.sliding_window, sinks=manifest.sinks, index_queries=select, index_k_BSIR=layer.index_k_BSIR,
+            **_retained(layer), **_rings(layer),
+        )  # fmt: skip
+        out_BHD, selection = decode_layer(
+            q_BTHD[:, 0], None if index_q_BTHR is None else index_q_BTHR[:, 0], plan=decode_plans[i], lengths_B=visible_B,
+            index_k_BSIR=layer.index_k_BSIR, scale=model.scale, index_scale=manifest.indexer.scale,
+            top_p=manifest.top_p if select else 1.0, **_retained(layer), **_rings(layer),
+        )  # fmt: skip
+        if on_selection is not None and selection is not None:
+            on_selection(i, mask_of(*selection), visible_B)
+        return out_BHD.flatten(1)
+
+    logits_BV = _logits(model, *_layers(model, ids_B[:, None], attend))
+    cache.lengths_B.add_(active_B)
+    return logits_BV
+
+
+def _layers(model: Model, ids_BT: torch.Tensor, attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+    """All layers; the last one's output and the residual that it is to be added to."""
+    x_tC, residual_tC = embedding(ids_BT.flatten(), model.embed_VC), None
+    for i, layer in enumerate(model.layers):
+        normed_tC, residual_tC = add_norm(x_tC, layer.input_norm_C, model.eps, residual_TC=residual_tC)
+        qkv_tM = linear(normed_tC, layer.qkv_MC, layer.qkv_bias_M)
+        out_tN = attend(i, qkv_tM.unflatten(0, ids_BT.shape))
+        x_tC = linear(out_tN, layer.o_CM, layer.o_bias_C)
+        normed_tC, residual_tC = add_norm(x_tC, layer.post_norm_C, model.eps, residual_TC=residual_tC)
+        x_tC = _mlp(layer, normed_tC)
+    assert residual_tC is not None, "a model has at least one layer"
+    return x_tC, residual_tC
+
+
+def _logits(model: Model, x_tC: torch.Tensor, residual_tC: torch.Tensor) -> torch.Tensor:
+    normed_tC, _ = add_norm(x_tC, model.norm_C, model.eps, residual_TC=residual_tC)
+    return linear(normed_tC, model.head_VC)
+
+
+def _mlp(layer: Layer, x_tC: torch.Tensor) -> torch.Tensor:
+    """The MLP, in pieces of tokens whose activations are bounded."""
+    mlp = layer.mlp
+    width = mlp.gate_up_GC.shape[0] if isinstance(mlp, Mlp) else mlp.num_chosen * (mlp.gate_up_EGC.shape[1] + x_tC.shape[1])
+    piece = max(1, MLP_BYTES // (width * x_tC.element_size()))
+    if x_tC.shape[0] <= piece:
+        return _mlp_piece(mlp, x_tC)
+    return torch.cat([_mlp_piece(mlp, part_tC) for part_tC in x_tC.split(piece)])
+
+
+def _mlp_piece(mlp: Mlp | Experts, x_tC: torch.Tensor) -> torch.Tensor:
+    if isinstance(mlp, Mlp):
+        return linear(gated_silu(linear(x_tC, mlp.gate_up_GC, mlp.gate_up_bias_G)), mlp.down_CF, mlp.down_bias_C)
+    probability_tE = torch.softmax(linear(x_tC, mlp.router_EC), dim=-1, dtype=torch.float32)
+    weight_tX, ids_tX = torch.topk(probability_tE, mlp.num_chosen, dim=-1)
+    if mlp.normalize:
+        weight_tX = weight_tX / weight_tX.sum(dim=-1, keepdim=True)
+    return mix_experts(x_tC, ids_tX, weight_tX.to(x_tC.dtype), mlp.gate_up_EGC, mlp.down_ECF)
+
+
+def mix_experts(
+    x_TC: torch.Tensor, ids_TX: torch.Tensor, weights_TX: torch.Tensor, gate_up_EGC: torch.Tensor, down_ECF: torch.Tensor
+) -> torch.Tensor:
+    """y_t = sum over x of w_tx * down_e(silu(gate_e x_t) * up_e x_t), expert by expert."""
+    out_TC = torch.zeros_like(x_TC)
+    for e in range(gate_up_EGC.shape[0]):
+        row, place = torch.where(ids_TX == e)
+        hidden = linear(gated_silu(linear(x_TC[row], gate_up_EGC[e])), down_ECF[e])
+        out_TC.index_add_(0, row, hidden * weights_TX[row, place, None])
+    return out_TC
+
+
+def _retained(layer: LayerCache) -> dict[str, Any]:
+    return {"k_BSKD": layer.k_BSKD, "v_BSKD": layer.v_BSKD}
+
+
+def _rings(layer: LayerCache) -> dict[str, Any]:
+    return {"ring_k_BWKD": layer.ring_k_BWKD, "ring_v_BWKD": layer.ring_v_BWKD}
