@@ -14,6 +14,7 @@ from rtpurbo.kernels.gated_silu import gated_silu
 from rtpurbo.kernels.local_attention import write_ring
 from rtpurbo.kernels.norm import add_norm
 from rtpurbo.kernels.prefill_layer import prefill_layer
+from rtpurbo.kernels.routing import route
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.runtime.cache import CacheView, LayerCache
 from rtpurbo.runtime.model import Experts, Layer, Mlp, Model
@@ -149,11 +150,8 @@ def _mlp(layer: Layer, x_tC: torch.Tensor) -> torch.Tensor:
 def _mlp_piece(mlp: Mlp | Experts, x_tC: torch.Tensor) -> torch.Tensor:
     if isinstance(mlp, Mlp):
         return linear(gated_silu(linear(x_tC, mlp.gate_up_GC, mlp.gate_up_bias_G)), mlp.down_CF, mlp.down_bias_C)
-    probability_tE = torch.softmax(linear(x_tC, mlp.router_EC), dim=-1, dtype=torch.float32)
-    weight_tX, ids_tX = torch.topk(probability_tE, mlp.num_chosen, dim=-1)
-    if mlp.normalize:
-        weight_tX = weight_tX / weight_tX.sum(dim=-1, keepdim=True)
-    return mix_experts(x_tC, ids_tX, weight_tX.to(x_tC.dtype), mlp.gate_up_EGC, mlp.down_ECF)
+    ids_tX, weight_tX = route(linear(x_tC, mlp.router_EC), mlp.num_chosen, normalize=mlp.normalize)
+    return mix_experts(x_tC, ids_tX, weight_tX, mlp.gate_up_EGC, mlp.down_ECF)
 
 
 def mix_experts(

@@ -146,3 +146,73 @@ def test_weights_made_at_random_run_and_have_transformers_scale(tmp_path: Path) 
     assert len(made[0].generate([[1, 2, 3] * 50], max_new_tokens=5)[0].token_ids) == 5
     with pytest.raises(ValueError, match=r"config: num_hidden_layers is 2, but rtpurbo\.json says 3"):
         random_runtime(eager.tiny_config("qwen3_moe", layers=2), manifest, torch.device("cpu"), torch.float32, 0)
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+def gpu_artifact(folder: Path, family: str, dtype: str) -> Runtime:
+    changes = {"decode_block": 64, "sliding_window": 100, "index_dim": 16, "key_dtype": "bfloat16"} if dtype == "bfloat16" else {}
+    eager.save_artifact(folder, eager.tiny_config(family, head_dim=64), RETRIEVAL, **changes)
+    return load(folder, device="cuda", dtype=dtype)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", eager.FAMILIES)
+def test_captured_and_uncaptured_steps_give_the_same_logits(tmp_path: Path, family: str, dtype: str) -> None:
+    runtime = gpu_artifact(tmp_path, family, dtype)
+    for dense in (False, True):
+        states = [runtime.start(3, 400, dense, graph=graph) for graph in (True, False)]
+        ids = torch.tensor([prompt(300, 0), prompt(300, 1), prompt(300, 2)])
+        mask = torch.arange(300) < torch.tensor([[300], [7], [290]])
+        for state in states:
+            runtime.prefill(state, ids, mask, chunk=61)
+        for step in range(12):
+            active = [True, step % 3 > 0, step < 6]
+            tokens = torch.tensor([step, 2 * step, 3 * step])
+            captured, plain = (runtime.decode(state, tokens, active) for state in states)
+            assert (captured - plain)[torch.tensor(active)].abs().max() <= 1e-5 * plain.abs().max()
+        assert states[0].cache.lengths_B.tolist() == states[0].cache.lengths == states[1].cache.lengths_B.tolist() == [312, 15, 296]
+        assert list(states[0].graphs) == ["greedy"]
+        for a, b in zip(states[0].cache.layers, states[1].cache.layers, strict=True):
+            assert all(torch.equal(x.float(), y.float()) for x, y in zip(a.tensors(), b.tensors(), strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_batch_on_captured_steps_generates_what_each_request_generates_alone(tmp_path: Path) -> None:
+    runtime = gpu_artifact(tmp_path, "qwen3_moe", "float32")
+    shapes = [(60, 30, 0.0), (90, 5, 1.0), (41, 12, 0.0), (150, 9, 1.0), (7, 3, 0.0), (70, 20, 0.0)]
+    left = [request(i, *shape) for i, shape in enumerate(shapes)]
+    batch, done = Batch(runtime, slots=3, capacity=400), []
+    done += batch.add([left[1], Request(index=7, prompt=left[1].prompt, options=SamplingOptions(), max_new_tokens=11)])
+    while left or batch.running:
+        while left and batch.free:
+            done += batch.add([left.pop(0)], prefill_chunk=37)
+        batch.step()
+    for running in done:
+        plain = Batch(runtime, slots=1, capacity=400, graph=False)
+        wanted = plain.add([running.request])[0]
+        while plain.running:
+            plain.step()
+        assert running.tokens == wanted.tokens
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_generated_tokens_take_no_memory_beyond_the_cache(tmp_path: Path) -> None:
+    runtime = gpu_artifact(tmp_path, "qwen3", "bfloat16")
+    state = runtime.start(2, 900)
+    runtime.prefill(state, torch.tensor([prompt(300, 0), prompt(300, 1)]))
+    runtime.advance(state, [True, True])
+    before = torch.cuda.memory_allocated()
+    for _ in range(500):
+        runtime.advance(state, [True, True])
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_graph_on_a_cpu_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(ValueError, match="graph needs a CUDA device, the model is on cpu"):
+        runtime.start(1, 10, graph=True)
