@@ -309,7 +309,7 @@ class _Numbers(click.ParamType):
 @click.option("--tokens", type=_Numbers(), default="4096,32768", help="Prompt lengths.")
 @click.option("--batch", type=_Numbers(), default="1", help="Batch sizes.")
 @click.option("--new-tokens", type=int, default=64, help="Tokens generated after each prompt.")
-@click.option("--chunk", type=int, default=1024, help="Prompt tokens processed at a time.")
+@click.option("--chunk", type=int, default=None, help="Prompt tokens processed at a time  [8192 on a GPU, else 1024]")
 @click.option("--repeat", type=int, default=3, help="Measured runs of every row.")
 @click.option("--dense/--no-dense", default=True, help="Measure dense attention beside the sparse one.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the rows as CSV.")
@@ -334,12 +334,19 @@ def bench(
     from rtpurbo.runtime import bench_report
     from rtpurbo.runtime.bench import BenchOptions, Subject
     from rtpurbo.runtime.bench import bench as run
+    from rtpurbo.runtime.engine import PREFILL_CHUNK
     from rtpurbo.runtime.loader import load
 
     asked = BenchOptions(**options)
     bench_report.check_outputs(csv_file, plot_file)
     runtime = load(artifact, device=device, dtype=dtype, revision=revision)
-    subject = Subject(runtime=runtime, config=runtime.model.config.to_dict(), dtype=runtime.model.dtype, form="safetensors")
+    subject = Subject(
+        runtime=runtime,
+        config=runtime.model.config.to_dict(),
+        dtype=runtime.model.dtype,
+        chunk=PREFILL_CHUNK[runtime.device.type],
+        form="safetensors",
+    )
     rows = run(subject, asked, on_row=lambda row: click.echo(bench_report.line(row), err=True))
     if csv_file is not None:
         bench_report.write_csv(rows, csv_file)

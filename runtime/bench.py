@@ -40,35 +40,37 @@ class Served(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A loaded model with its config.json as an object, the dtype that it runs in, and the form that it was loaded from."""
+    """A loaded model with its config.json as an object, the dtype that it runs in, its own prefill chunk, and the form it came in."""
 
     runtime: Any  # a Served; its states have cache.nbytes()
     config: dict[str, Any]
     dtype: torch.dtype
+    chunk: int
     form: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """Every prompt length with every batch size. chunk: prompt tokens processed at a time. repeat: measured runs a row.
+    """Every prompt length with every batch size. chunk: prompt tokens processed at a time (None: the subject's own).
 
-    new_tokens: the first comes from the prefill, the others from decode steps. dense: measure the dense mode beside the sparse one.
-    Raises ValueError for values out of range.
+    repeat: measured runs a row. new_tokens: the first comes from the prefill, the others from decode steps. dense: measure the dense
+    mode beside the sparse one. Raises ValueError for values out of range.
     """
 
     tokens: tuple[int, ...]
     batch: tuple[int, ...] = (1,)
     new_tokens: int = 64
-    chunk: int = 1024
+    chunk: int | None = None
     repeat: int = 3
     dense: bool = True
 
     def __post_init__(self) -> None:
-        for name, values in (("tokens", self.tokens), ("batch", self.batch), ("chunk", [self.chunk]), ("repeat", [self.repeat])):
+        single = {"chunk": (self.chunk if self.chunk is not None else 1,), "repeat": (self.repeat,)}
+        for name, values in {"tokens": self.tokens, "batch": self.batch, **single}.items():
             if not values or min(values) < 1:
                 raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}, wanted at least 1")
-        if self.new_tokens < 2:
-            raise ValueError(f"new_tokens is {self.new_tokens}, wanted at least 2: the first token is the prefill's")
+        if self.new_tokens < 3:
+            raise ValueError(f"new_tokens is {self.new_tokens}, wanted at least 3: the first comes from the prefill, the second is apart")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +78,10 @@ class BenchRow:
     """One measurement, or why there is none (`note` with times of None).
 
     ttft_s: prompt in, first token ids on the host; median, smallest and largest of the repeats. token_ms: one decode step of the whole
-    batch, its ids on the host; median, 10th and 90th percentile over all steps. tokens_per_s: batch / token_ms. cache_bytes: what was
-    allocated for tokens + new_tokens; plan_cache_bytes: what `rtpurbo plan` says. peak_bytes: most device memory in use, weights
-    included (None on a CPU). ttft_speedup, token_speedup: dense time / sparse time, on sparse rows whose dense row ran.
+    batch, its ids on the host; median, 10th and 90th percentile over all steps but each run's first, whose median is first_step_ms
+    (a CUDA graph is captured there). tokens_per_s: batch / token_ms. cache_bytes: what was allocated for tokens + new_tokens;
+    plan_cache_bytes: what `rtpurbo plan` says. peak_bytes: most device memory in use, weights included (None on a CPU).
+    ttft_speedup, token_speedup: dense time / sparse time, on sparse rows whose dense row ran.
     """
 
     form: str
@@ -94,6 +97,7 @@ class BenchRow:
     token_ms: float | None = None
     token_low_ms: float | None = None
     token_high_ms: float | None = None
+    first_step_ms: float | None = None
     tokens_per_s: float | None = None
     prompt_tokens_per_s: float | None = None
     ttft_speedup: float | None = None
@@ -130,7 +134,8 @@ def bench(subject: Subject, options: BenchOptions, on_row: Callable[[BenchRow], 
                     on_row(pair[-1])
             rows += _with_speedup(pair)
     if not any(row.ran for row in rows):
-        raise ValueError(f"no row could run; {_name(rows[0])}: {rows[0].note}")
+        row = rows[0]
+        raise ValueError(f"no row could run; {row.mode}, {row.tokens} tokens, batch {row.batch}: {row.note}")
     return rows
 
 
@@ -192,16 +197,17 @@ def _measure(subject: Subject, options: BenchOptions, row: BenchRow, prompts: Sy
 
     state = started()
     ids_BT = prompts.take(row.tokens, row.batch)
-    _run(runtime, state, ids_BT[:, : 2 * options.chunk], options.chunk, min(options.new_tokens, WARM_STEPS + 1))
-    first, steps, cache_bytes = [], [], state.cache.nbytes()
+    _run(runtime, state, ids_BT[:, : 2 * row.chunk], row.chunk, min(options.new_tokens, WARM_STEPS + 1))
+    first, opening, steps, cache_bytes = [], [], [], state.cache.nbytes()
     on_gpu = runtime.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(runtime.device)
     for _ in range(options.repeat):
         del state
         state = started()
-        ttft, *rest = _run(runtime, state, ids_BT, options.chunk, options.new_tokens)
+        ttft, opened, *rest = _run(runtime, state, ids_BT, row.chunk, options.new_tokens)
         first.append(ttft)
+        opening.append(opened)
         steps += rest
     ordered, step_s = sorted(steps), statistics.median(steps)
     return replace(
@@ -212,6 +218,7 @@ def _measure(subject: Subject, options: BenchOptions, row: BenchRow, prompts: Sy
         token_ms=step_s * 1e3,
         token_low_ms=_quantile(ordered, 0.1) * 1e3,
         token_high_ms=_quantile(ordered, 0.9) * 1e3,
+        first_step_ms=statistics.median(opening) * 1e3,
         tokens_per_s=row.batch / step_s,
         prompt_tokens_per_s=row.batch * row.tokens / statistics.median(first),
         cache_bytes=cache_bytes,
@@ -243,7 +250,7 @@ def _blank(subject: Subject, options: BenchOptions, mode: Mode, tokens: int, bat
         tokens=tokens,
         batch=batch,
         new_tokens=options.new_tokens,
-        chunk=options.chunk,
+        chunk=subject.chunk if options.chunk is None else options.chunk,
         dtype=str(subject.dtype).removeprefix("torch."),
         note=f"below dense_below {manifest.dense_below}: generate runs such prompts dense" if short else "",
         device=_device_name(subject.runtime.device),
@@ -273,10 +280,6 @@ def _free(device: torch.device) -> None:
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[round(share * (len(ordered) - 1))]
-
-
-def _name(row: BenchRow) -> str:
-    return f"{row.mode}, {row.tokens} tokens, batch {row.batch}"
 
 
 def _device_name(device: torch.device) -> str:

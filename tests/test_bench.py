@@ -20,7 +20,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an N
 
 
 def subject_of(runtime: Runtime) -> Subject:
-    return Subject(runtime=runtime, config=runtime.model.config.to_dict(), dtype=runtime.model.dtype, form="safetensors")
+    return Subject(runtime=runtime, config=runtime.model.config.to_dict(), dtype=runtime.model.dtype, chunk=1024, form="safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ class Recorded:
 
 def recorded(subject: Subject, **failing: Any) -> tuple[Subject, Recorded]:
     runtime = Recorded(subject.runtime, **failing)
-    return Subject(runtime=runtime, config=subject.config, dtype=subject.dtype, form="recorded"), runtime
+    return Subject(runtime=runtime, config=subject.config, dtype=subject.dtype, chunk=16, form="recorded"), runtime
 
 
 def test_every_length_and_batch_is_measured_sparse_and_dense(subject: Subject) -> None:
@@ -77,6 +77,7 @@ def test_every_length_and_batch_is_measured_sparse_and_dense(subject: Subject) -
         assert row.ran
         assert 0 < (row.ttft_low_s or 0) <= (row.ttft_s or 0) <= (row.ttft_high_s or 0)
         assert 0 < (row.token_low_ms or 0) <= (row.token_ms or 0) <= (row.token_high_ms or 0)
+        assert (row.first_step_ms or 0) > 0
         assert row.tokens_per_s == pytest.approx(row.batch / (row.token_ms or 0) * 1e3)
         assert row.cache_bytes == pytest.approx(row.plan_cache_bytes, rel=0.02)
         assert (row.ttft_speedup is not None) == (row.token_speedup is not None) == (row.mode == "sparse")
@@ -90,7 +91,7 @@ def test_every_length_and_batch_is_measured_sparse_and_dense(subject: Subject) -
 
 def test_each_row_warms_up_on_a_short_prompt_and_then_runs_the_whole_one_in_fresh_caches(subject: Subject) -> None:
     watched, runtime = recorded(subject)
-    bench(watched, BenchOptions(tokens=(100,), batch=(2,), new_tokens=7, chunk=16, repeat=2, dense=False))
+    bench(watched, BenchOptions(tokens=(100,), batch=(2,), new_tokens=7, repeat=2, dense=False))
     warm = [("start", 2, 107, False), ("prefill", (2, 32), 16), *[("decode", (2,))] * 4]
     run = [("start", 2, 107, False), ("prefill", (2, 100), 16), *[("decode", (2,))] * 6]
     assert runtime.calls == [*warm, *run, *run]
@@ -110,13 +111,13 @@ def test_a_length_that_does_not_fit_is_a_row_with_its_reason_and_the_others_run(
 def test_memory_that_ends_while_running_is_a_reason_and_when_nothing_ran_an_error(subject: Subject, failure: Exception) -> None:
     watched, _ = recorded(subject, prefill=failure)
     with pytest.raises(ValueError, match="no row could run; sparse, 20 tokens, batch 1: out of memory on cpu while running"):
-        bench(watched, BenchOptions(tokens=(20,), new_tokens=2))
+        bench(watched, BenchOptions(tokens=(20,), new_tokens=3))
 
 
 def test_other_failures_are_not_taken_for_a_lack_of_memory(subject: Subject) -> None:
     watched, _ = recorded(subject, prefill=RuntimeError("a mistake of ours"))
     with pytest.raises(RuntimeError, match="a mistake of ours"):
-        bench(watched, BenchOptions(tokens=(20,), new_tokens=2))
+        bench(watched, BenchOptions(tokens=(20,), new_tokens=3))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(subject: Subject) -> 
         ({"tokens": (5,), "batch": (-1,)}, "batch is -1"),
         ({"tokens": (5,), "chunk": 0}, "chunk is 0"),
         ({"tokens": (5,), "repeat": 0}, "repeat is 0"),
-        ({"tokens": (5,), "new_tokens": 1}, "new_tokens is 1, wanted at least 2"),
+        ({"tokens": (5,), "new_tokens": 2}, "new_tokens is 2, wanted at least 3"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
@@ -167,9 +168,9 @@ def test_on_a_gpu_events_time_the_rows_and_peak_memory_covers_weights_and_cache(
     subject = subject_of(load(folder, device="cuda", dtype="bfloat16"))
     rows = bench(subject, BenchOptions(tokens=(200, 1 << 12), batch=(1, 3), new_tokens=6, chunk=64, repeat=2))
     assert [row.ran for row in rows] == [True] * 4 + [False] * 4
-    weights = sum(parameter.nbytes for parameter in subject.runtime.model.parameters())
+    weights = sum(path.stat().st_size for path in folder.glob("model*.safetensors")) // 2  # float32 on disk
     for row in rows[:4]:
         assert row.device == torch.cuda.get_device_name()
         assert row.cache_bytes == pytest.approx(row.plan_cache_bytes, rel=0.02)
-        assert (row.peak_bytes or 0) > weights + (row.cache_bytes or 0)
+        assert (row.peak_bytes or 0) > 0.9 * weights + (row.cache_bytes or 0)
         assert 1e-3 < (row.token_ms or 0) < 1e3

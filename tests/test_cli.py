@@ -586,7 +586,7 @@ def test_conversion_options_out_of_range_are_refused_by_name(options, named, cli
         ("bench ARTIFACT --tokens 64,,128", "64,,128"),
         ("bench ARTIFACT --tokens 8 --batch 0", "batch is 0"),
         ("bench ARTIFACT --tokens 8 --batch 1.5", "--batch"),
-        ("bench ARTIFACT --tokens 8 --new-tokens 1", "new_tokens is 1"),
+        ("bench ARTIFACT --tokens 8 --new-tokens 2", "new_tokens is 2"),
         ("bench ARTIFACT --tokens 8 --chunk 0", "chunk is 0"),
         ("bench ARTIFACT --tokens 8 --repeat 0", "repeat is 0"),
         ("bench ARTIFACT --tokens 8 --csv none/rows.csv", "none/rows.csv"),
