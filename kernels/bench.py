@@ -3,9 +3,11 @@
 import csv
 import os
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,6 +48,48 @@ def time_graph(steps: Sequence[Callable[[], object]], *, replays: int = 30) -> T
             times.append(start.elapsed_time(end) * 1000.0 / len(steps))
     deciles = statistics.quantiles(times, n=10)
     return Timing(median_us=statistics.median(times), low_us=deciles[0], high_us=deciles[-1])
+
+
+class Clock:
+    """Marks in time: CUDA events on a GPU, the host's clock elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._marks = device.type == "cuda", []
+
+    def mark(self) -> None:
+        mark: Any = time.perf_counter()
+        if self._on_gpu:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append(mark)
+
+    def seconds(self) -> list[float]:
+        """Times between the marks."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in zip(self._marks, self._marks[1:], strict=False)]
+        return [b - a for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+
+def gpu_time_by_part(run: Callable[[], object], parts: Mapping[str, Sequence[str]], *, times: int = 1) -> dict[str, object]:
+    """Milliseconds of GPU time of each part in one call of `run` (mean of `times` calls), and the largest kernels.
+
+    A kernel belongs to the first part that has a word of its name (lower case), or to "rest".
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+    total_ms = dict.fromkeys((*parts, "rest"), 0.0)
+    kernels: list[tuple[float, str]] = []
+    for event in profiler.key_averages():
+        time_ms, name = event.self_device_time_total / 1e3 / times, event.key.lower()
+        total_ms[next((part for part, words in parts.items() if any(word in name for word in words)), "rest")] += time_ms
+        kernels.append((round(time_ms, 4), event.key[:60]))
+    largest = sorted(kernels, reverse=True)[:12]
+    return {**{f"{part}_ms": round(value, 3) for part, value in total_ms.items()}, "largest_kernels_ms": largest}
 
 
 def versions() -> dict[str, str]:
