@@ -12,7 +12,7 @@ from rtpurbo.runtime.batch import OnText, Request
 from rtpurbo.runtime.cache import Cache
 from rtpurbo.runtime.forward import decode_step, prefill_chunk
 from rtpurbo.runtime.generation import Generation, encode_prompts, run_batch
-from rtpurbo.runtime.model import Model
+from rtpurbo.runtime.model import Experts, Model
 from rtpurbo.runtime.plans import LayerPlan, plan_decode
 from rtpurbo.runtime.sampling import Kind, SamplingOptions, sample
 from rtpurbo.runtime.state import CapturedStep, State
@@ -35,17 +35,27 @@ class Runtime:
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in (*ids, getattr(self.tokenizer, "eos_token_id", None)) if i is not None)
 
+    @property
+    def graph_obstacle(self) -> str | None:
+        """Why decode steps cannot be captured, or None."""
+        if self.device.type != "cuda":
+            return f"the model is on {self.device}, wanted a CUDA device"
+        if self.model.dtype == torch.float32 and any(isinstance(layer.mlp, Experts) for layer in self.model.layers):
+            return "experts in float32 run eagerly and wait for the device, wanted bfloat16 or float16"
+        return None
+
     def start(self, batch: int, capacity: int, dense: bool = False, *, graph: bool | None = None) -> State:
         """An empty batch whose sequences may grow to `capacity` tokens; dense: all heads attend fully, nothing is dropped.
 
-        graph: run decode steps as a captured CUDA graph (default: on a GPU). Both ways compute the same.
-        Raises ValueError when the capacity exceeds max_position_embeddings, the memory is not there, or a graph is asked for on a CPU.
+        graph: run decode steps as a captured CUDA graph (default: where `graph_obstacle` is None). Both ways compute the same.
+        Raises ValueError when the capacity exceeds max_position_embeddings, the memory is not there, or a graph cannot be captured.
         """
         limit = self.manifest.model.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"{capacity} tokens exceed the model's max_position_embeddings {limit}")
-        if graph and self.device.type != "cuda":
-            raise ValueError(f"graph needs a CUDA device, the model is on {self.device}")
+        obstacle = self.graph_obstacle
+        if graph and obstacle is not None:
+            raise ValueError(f"decode steps cannot run as a CUDA graph: {obstacle}")
         layouts = tuple(plan.layout for plan in self._plans)
         dtype = self.model.dtype
         cache = Cache(self.manifest, layouts, batch=batch, capacity=capacity, dtype=dtype, device=self.device, dense=dense)
@@ -54,7 +64,7 @@ class Runtime:
             rope = self.model.rope(capacity)
         except torch.OutOfMemoryError as error:
             raise ValueError(f"no memory on {self.device} for decoding {batch} sequences of {capacity} tokens") from error
-        return State.of(cache, plans, rope, graph=self.device.type == "cuda" if graph is None else graph)
+        return State.of(cache, plans, rope, graph=obstacle is None if graph is None else graph)
 
     @torch.no_grad()
     def prefill(

@@ -163,6 +163,11 @@ def gpu_artifact(folder: Path, family: str, dtype: str) -> Runtime:
 @pytest.mark.parametrize("family", eager.FAMILIES)
 def test_captured_and_uncaptured_steps_give_the_same_logits(tmp_path: Path, family: str, dtype: str) -> None:
     runtime = gpu_artifact(tmp_path, family, dtype)
+    if (family, dtype) == ("qwen3_moe", "float32"):
+        with pytest.raises(ValueError, match="experts in float32 run eagerly"):
+            runtime.start(3, 400, graph=True)
+        assert not runtime.start(3, 400).graph
+        return
     for dense in (False, True):
         states = [runtime.start(3, 400, dense, graph=graph) for graph in (True, False)]
         ids = torch.tensor([prompt(300, 0), prompt(300, 1), prompt(300, 2)])
@@ -183,7 +188,7 @@ def test_captured_and_uncaptured_steps_give_the_same_logits(tmp_path: Path, fami
 @pytest.mark.gpu
 @needs_gpu
 def test_a_batch_on_captured_steps_generates_what_each_request_generates_alone(tmp_path: Path) -> None:
-    runtime = gpu_artifact(tmp_path, "qwen3_moe", "float32")
+    runtime = gpu_artifact(tmp_path, "qwen3", "float32")
     shapes = [(60, 30, 0.0), (90, 5, 1.0), (41, 12, 0.0), (150, 9, 1.0), (7, 3, 0.0), (70, 20, 0.0)]
     left = [request(i, *shape) for i, shape in enumerate(shapes)]
     batch, done = Batch(runtime, slots=3, capacity=400), []
@@ -214,5 +219,5 @@ def test_generated_tokens_take_no_memory_beyond_the_cache(tmp_path: Path) -> Non
 
 
 def test_a_graph_on_a_cpu_is_refused(runtime: Runtime) -> None:
-    with pytest.raises(ValueError, match="graph needs a CUDA device, the model is on cpu"):
+    with pytest.raises(ValueError, match="cannot run as a CUDA graph: the model is on cpu"):
         runtime.start(1, 10, graph=True)
