@@ -92,8 +92,9 @@ def test_a_chunk_longer_than_the_ring_and_unusual_sinks_are_exact(tmp_path: Path
     assert_equals_runtime(tmp_path, chunk=113)
 
 
-def test_bfloat16_index_keys_are_rounded_once_and_select_as_the_runtime_does(tmp_path: Path) -> None:
-    eager.save_artifact(tmp_path, eager.tiny_config("qwen3", layers=2), [[0, 5], [4, 5, 6, 7]], key_dtype="bfloat16")
+@pytest.mark.parametrize("key_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_narrow_index_keys_are_rounded_once_and_select_as_the_runtime_does(tmp_path: Path, key_dtype: str) -> None:
+    eager.save_artifact(tmp_path, eager.tiny_config("qwen3", layers=2), [[0, 5], [4, 5, 6, 7]], key_dtype=key_dtype)
     assert_equals_runtime(tmp_path)
 
 

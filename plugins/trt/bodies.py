@@ -53,7 +53,10 @@ def _attend_local(g: Graph) -> tuple[str, ...]:
 
 def _append(g: Graph) -> tuple[str, ...]:
     query_BT, valid_BT = _chunk(g, "k")
-    return _write(g, valid_BT, query_BT, {"k_cache": "k", "v_cache": "v", "index_cache": "index_k"})
+    # ONNX gathers and scatters nothing in 8-bit floats; through float32 every dtype comes back as it was.
+    index = {g.float32("index_cache"): g.float32("index_k")}
+    *caches, index_cache = _write(g, valid_BT, query_BT, {"k_cache": "k", "v_cache": "v", **index})
+    return *caches, g.op("CastLike", index_cache, "index_cache")
 
 
 def _append_kv(g: Graph) -> tuple[str, ...]:

@@ -170,7 +170,7 @@ class Decoder:
 
     def _retained(self, layer: Layer, q: str, kv: list[str], q_BTHD: str, k_BTKD: str) -> str:
         """Append the chunk, then attend; q_BTHD and k_BTKD are from before RoPE and hold all heads of the layer."""
-        g, prefix, m = self.g, f"layers.{layer.index}.", self.manifest
+        prefix, m = f"layers.{layer.index}.", self.manifest
         names = [f"{prefix}k_cache", f"{prefix}v_cache"]
         roles = {**self._window(), "retrieval_counts": layer.retrieval_counts}
         if layer.index_q_JRD is None or layer.index_k_IRD is None:
@@ -178,7 +178,7 @@ class Decoder:
             return self.custom("AttendCausal", [q, *caches, "lengths", "counts", self.visible], roles, f"{prefix}retained.")[0]
         index_q = self._indexed(q_BTHD, layer.layout.retrieval_heads, layer.index_q_JRD, f"{prefix}index_q")
         index_k = self._indexed(k_BTKD, layer.layout.key_groups, layer.index_k_IRD, f"{prefix}index_k")
-        rows = [*kv, g.cast(index_k, self.index_dtype)]
+        rows = [*kv, self._stored(index_k)]
         *caches, index_cache = self.custom("Append", [*names, f"{prefix}index_cache", *rows, "lengths", "counts"], {}, prefix)
         selection = {
             "key_sets": layer.layout.key_sets,
@@ -190,6 +190,13 @@ class Decoder:
         chosen = self.custom("SelectBlocks", [index_q, index_cache, self.visible, "phase"], selection, prefix)
         inputs = [q, *caches, "lengths", "counts", self.visible, *chosen, "phase"]
         return self.custom("AttendRetained", inputs, {**roles, "block": m.decode_block}, f"{prefix}retained.")[0]
+
+    def _stored(self, index_k: str) -> str:
+        """Index keys in the dtype of their cache."""
+        if self.index_dtype != TensorProto.FLOAT8E4M3FN:
+            return self.g.cast(index_k, self.index_dtype)
+        # Rounded and saturated like a cast; TensorRT takes 8-bit floats from a quantisation only.
+        return self.g.op("QuantizeLinear", index_k, self.g.real(1.0), attributes={"output_dtype": self.index_dtype})
 
     def _indexed(self, x_BTHD: str, heads: tuple[int, ...], weight_JRD: torch.Tensor, name: str) -> str:
         """Index vectors [B, T, J, R] in fp32 of these heads."""

@@ -12,7 +12,12 @@ from rtpurbo.plugins.trt.export import Export
 from rtpurbo.plugins.trt.nodes import DECODE, PREFILL
 
 # The width of a cache's numbers; its zeros are zero bytes in every dtype.
-_STORAGE: dict[int, Any] = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: np.uint16}
+_STORAGE: dict[int, Any] = {
+    TensorProto.FLOAT: np.float32,
+    TensorProto.FLOAT16: np.float16,
+    TensorProto.BFLOAT16: np.uint16,
+    TensorProto.FLOAT8E4M3FN: np.uint8,
+}
 # What rows of padding hold; it must not matter.
 _PADDING = 7
 
@@ -20,8 +25,8 @@ _PADDING = 7
 class OnnxEngine:
     """A batch of sequences of at most `capacity` tokens, with its caches on the host.
 
-    export: a float32 or float16 export of the artifact in `folder`; index keys may be bfloat16. Raises ValueError for other dtypes of
-    caches: on a CPU, ONNX Runtime stores bfloat16 but computes nothing in it.
+    export: a float32 or float16 export of the artifact in `folder`; index keys may be narrower. Raises ValueError for other dtypes of
+    caches: on a CPU, ONNX Runtime stores narrower numbers but computes nothing in them.
     """
 
     def __init__(self, export: Export, folder: Path, batch: int, capacity: int, threads: int = 1) -> None:
@@ -31,8 +36,8 @@ class OnnxEngine:
         for port in export.model.graph.input:
             if port.name in export.caches:
                 tensor = port.type.tensor_type
-                bfloat16 = tensor.elem_type == TensorProto.BFLOAT16 and not port.name.endswith("index_cache")
-                if tensor.elem_type not in _STORAGE or bfloat16:
+                wide = tensor.elem_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+                if not wide and not port.name.endswith("index_cache"):
                     raise ValueError(
                         f"{port.name} is {helper.tensor_dtype_to_string(int(tensor.elem_type))}, wanted TensorProto.FLOAT or FLOAT16"
                     )

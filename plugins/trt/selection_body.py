@@ -29,7 +29,7 @@ def select_blocks(g: Graph) -> tuple[str, str]:
 def _block_scores(g: Graph) -> tuple[str, str]:
     """Maximum and sum of exponentials (relative to it) of each block's index logits, fp32 [B, J, N]; -inf and 0 without key."""
     q_BJ1R = g.axes(g.gather("index_q", g.integer(0), 1), 2)
-    k_BSJR = g.float32(g.gather("index_k", g.attribute("key_sets", "ints"), 2))
+    k_BSJR = g.gather(g.float32("index_k"), g.attribute("key_sets", "ints"), 2)
     logits_BJS = g.op("Squeeze", g.op("MatMul", q_BJ1R, g.transpose(k_BSJR, 0, 2, 3, 1)), g.integers(2))
     logits_BJS = g.op("Mul", logits_BJS, g.attribute("scale", "float"))
     tokens, block = g.size("index_k", 1), g.attribute("block", "int")
