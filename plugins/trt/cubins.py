@@ -127,7 +127,8 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
         signature[name] = kind
         if aligned:
             hints[(place,)] = [["tt.divisibility", _ALIGNMENT]]
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    # Fusion of products and sums is said, not left to a default that changes between releases of Triton.
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     source = ASTSource(kernel, signature, values, hints)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
