@@ -1,7 +1,7 @@
 """The runtime's decode step and its small kernels on one GPU.
 
 `step`: a slice of Qwen3-Coder-30B-A3B (same widths, fewer layers, random weights) with caches filled to a length: time of a captured
-and an uncaptured step, and its split by kernels. `kernels`: rope_append, add_norm, gated_silu and route beside eager PyTorch.
+and an uncaptured step, and its split by kernels. `kernels`: rope_append, add_norm and gated_silu beside eager PyTorch.
 
 Run from the repository root: `python benchmarks/runtime.py --out benchmarks/runtime_h200.csv [SECTION ...]`.
 """
@@ -24,7 +24,6 @@ from rtpurbo.kernels.append import plan_append, rope_append
 from rtpurbo.kernels.bench import time_graph, versions, write_csv
 from rtpurbo.kernels.gated_silu import gated_silu
 from rtpurbo.kernels.norm import add_norm
-from rtpurbo.kernels.routing import route
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, roles_from_heads
 from rtpurbo.runtime.engine import Runtime
 from rtpurbo.runtime.loader import random_runtime
@@ -36,7 +35,7 @@ POSITIONS, TOP_P, KEPT = 1 << 20, 0.9, 0.03
 PARTS = {
     "experts": ("up_few", "down_few", "grouped", "sum_rows", "_pairs", "expert"),
     "attention": ("attend", "select", "decode", "merge", "ring"),
-    "append, norms, routing": ("rope_append", "add_norm", "_route", "gated_silu"),
+    "append, norms, routing": ("rope_append", "add_norm", "route", "gated_silu", "write_rows"),
 }
 
 
@@ -136,7 +135,7 @@ def small_kernels(T: int) -> dict[str, tuple[Callable[[str], object], int]]:
         retrieval_heads=range(8), key_groups=[0], index_q_PRD=torch.randn(8, R, D), index_k_IRD=torch.randn(1, R, D),
     )  # fmt: skip
     M, S = (H + 2 * K) * D, 2 * T + 64
-    qkv, x, residual, weight, gate_up, logits = random(1, T, M), random(T, C), random(T, C), random(C), random(T, 6 * C), random(T, E)
+    qkv, x, residual, weight, gate_up = random(1, T, M), random(T, C), random(T, C), random(C), random(T, 6 * C)
     cache: dict[str, Any] = {"k_BSKD": random(1, S, 1, D), "v_BSKD": random(1, S, 1, D), "index_k_BSIR": random(1, S, 1, R)}
     rings = {"ring_k_BWKD": random(1, 8196, 3, D), "ring_v_BWKD": random(1, 8196, 3, D), "window": 8192, "sinks": 4} if T == 1 else {}
     lengths, counts = (torch.full((1,), value, dtype=torch.int32, device=device) for value in (T, T))
@@ -150,7 +149,6 @@ def small_kernels(T: int) -> dict[str, tuple[Callable[[str], object], int]]:
         ),
         "norm": (lambda impl: add_norm(x, weight, 1e-6, residual_TC=residual, impl=impl), 8 * x.numel()),
         "gated_silu": (lambda impl: gated_silu(gate_up, impl=impl), 3 * gate_up.numel()),
-        "routing": (lambda impl: route(logits, X, normalize=True, impl=impl), 2 * logits.numel()),
     }
 
 

@@ -56,7 +56,7 @@ def read_weights(model: Model, folder: Path, layouts: tuple[LayerLayout, ...]) -
                 raise ValueError(f"{folder}: {len(wrong)} weights are {kind}, the first is {min(wrong)}")
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
-                for name in places.keys() & set(file.keys()):
+                for name in sorted(places.keys() & set(file.keys())):
                     found, place = file.get_slice(name).get_shape(), places[name]
                     if found != list(place.target.shape):
                         raise ValueError(f"{folder}: {name} has shape {found}, wanted {list(place.target.shape)}")

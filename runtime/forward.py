@@ -9,12 +9,13 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from rtpurbo.kernels.append import rope_append
+from rtpurbo.kernels.cache_write import write_cache
 from rtpurbo.kernels.decode_layer import DecodeLayerPlan, decode_layer
+from rtpurbo.kernels.experts import mix_experts
 from rtpurbo.kernels.gated_silu import gated_silu
-from rtpurbo.kernels.local_attention import write_ring
 from rtpurbo.kernels.norm import add_norm
 from rtpurbo.kernels.prefill_layer import prefill_layer
-from rtpurbo.kernels.routing import route
+from rtpurbo.kernels.router import route_tokens
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.runtime.cache import CacheView, LayerCache
 from rtpurbo.runtime.model import Experts, Layer, Mlp, Model
@@ -65,8 +66,8 @@ def prefill_chunk(
         if layer.ring_k_BWKD is not None and layer.ring_v_BWKD is not None:
             # After the chunk attended: its early rows still saw the keys that this replaces.
             first = model.num_groups - layer.ring_k_BWKD.shape[2]
-            write_ring(layer.ring_k_BWKD, k_BTKD[:, :, first:], **shared, **ring)
-            write_ring(layer.ring_v_BWKD, v_BTKD[:, :, first:], **shared, **ring)
+            local = k_BTKD[:, :, first:].contiguous(), v_BTKD[:, :, first:].contiguous()
+            write_cache((layer.ring_k_BWKD, layer.ring_v_BWKD), local, **shared, **ring)
         return out_BTHD.flatten(2).flatten(0, 1)
 
     x_tC, residual_tC = _layers(model, ids_BT, attend)
@@ -150,20 +151,8 @@ def _mlp(layer: Layer, x_tC: torch.Tensor) -> torch.Tensor:
 def _mlp_piece(mlp: Mlp | Experts, x_tC: torch.Tensor) -> torch.Tensor:
     if isinstance(mlp, Mlp):
         return linear(gated_silu(linear(x_tC, mlp.gate_up_GC, mlp.gate_up_bias_G)), mlp.down_CF, mlp.down_bias_C)
-    ids_tX, weight_tX = route(linear(x_tC, mlp.router_EC), mlp.num_chosen, normalize=mlp.normalize)
+    ids_tX, weight_tX = route_tokens(linear(x_tC, mlp.router_EC), num_chosen=mlp.num_chosen, normalize=mlp.normalize)
     return mix_experts(x_tC, ids_tX, weight_tX, mlp.gate_up_EGC, mlp.down_ECF)
-
-
-def mix_experts(
-    x_TC: torch.Tensor, ids_TX: torch.Tensor, weights_TX: torch.Tensor, gate_up_EGC: torch.Tensor, down_ECF: torch.Tensor
-) -> torch.Tensor:
-    """y_t = sum over x of w_tx * down_e(silu(gate_e x_t) * up_e x_t), expert by expert."""
-    out_TC = torch.zeros_like(x_TC)
-    for e in range(gate_up_EGC.shape[0]):
-        row, place = torch.where(ids_TX == e)
-        hidden = linear(gated_silu(linear(x_TC[row], gate_up_EGC[e])), down_ECF[e])
-        out_TC.index_add_(0, row, hidden * weights_TX[row, place, None])
-    return out_TC
 
 
 def _retained(layer: LayerCache) -> dict[str, Any]:

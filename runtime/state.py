@@ -11,8 +11,6 @@ from rtpurbo.runtime.cache import Cache
 from rtpurbo.runtime.plans import SelectionObserver
 from rtpurbo.runtime.sampling import DeviceOptions, Kind, SamplingOptions
 
-WARM_STEPS = 2
-
 
 @dataclass(kw_only=True)
 class State:
@@ -83,8 +81,8 @@ class CapturedStep:
         stream = torch.cuda.Stream(state.ids_B.device)
         stream.wait_stream(torch.cuda.current_stream(state.ids_B.device))
         with torch.cuda.stream(stream):
-            for _ in range(WARM_STEPS):
-                step()
+            # Compiles kernels and allocates what libraries keep: neither may happen while a graph is captured.
+            step()
         torch.cuda.current_stream(state.ids_B.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):

@@ -1,4 +1,4 @@
-"""rope_append, add_norm, gated_silu and route in Triton against loops in fp64; on a CPU through Triton's interpreter."""
+"""rope_append, add_norm and gated_silu in Triton against loops in fp64; on a CPU through Triton's interpreter."""
 
 # B batch  T chunk tokens  M (H + 2 K) D  H query heads  K kv heads  D head dim  S cached tokens  W ring slots
 # P retrieval heads  I index-key sets  R index dim  C hidden
@@ -9,7 +9,6 @@ from interpreter_process import interpreting, serve
 from rtpurbo.kernels.append import plan_append, rope_append
 from rtpurbo.kernels.gated_silu import gated_silu
 from rtpurbo.kernels.norm import add_norm
-from rtpurbo.kernels.routing import route
 
 pytest.importorskip("triton")
 
@@ -39,12 +38,7 @@ def run_silu(request, device="cpu"):
     return {"out": gated_silu(request["x"].to(device), impl=request["impl"]).cpu()}
 
 
-def run_route(request, device="cpu"):
-    ids, weights = route(request["logits"].to(device), request["num_chosen"], normalize=request["normalize"], impl=request["impl"])
-    return {"ids": ids.cpu(), "weights": weights.cpu()}
-
-
-OPERATIONS = {"append": run_append, "norm": run_norm, "silu": run_silu, "route": run_route}
+OPERATIONS = {"append": run_append, "norm": run_norm, "silu": run_silu}
 
 
 @pytest.fixture(scope="module")
@@ -228,39 +222,13 @@ def test_gated_silu_multiplies_up_with_silu_of_gate(run, T, F):
     assert_near(run("silu", {"x": x})["out"], gate / (1 + (-gate).exp()) * up, 1e-5)
 
 
-@pytest.mark.parametrize(("T", "E", "X"), [(1, 128, 8), (5, 12, 3), (3, 4, 4), (2, 60, 1)])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_route_takes_the_most_likely_experts(run, T, E, X, normalize):
-    logits = 3 * torch.randn(T, E, generator=torch.Generator().manual_seed(0))
-    logits[0, 1::2] = logits[0, 0]
-    got = run("route", {"logits": logits, "num_chosen": X, "normalize": normalize})
-    for t in range(T):
-        p = (logits[t].double() - logits[t].double().max()).exp()
-        p = (p / p.sum()).tolist()
-        want = sorted(range(E), key=lambda e: (-p[e], e))[:X]
-        total = sum(p[e] for e in want) if normalize else 1.0
-        assert got["ids"][t].tolist() == want
-        assert got["weights"][t].tolist() == pytest.approx([p[e] / total for e in want], rel=1e-5)
-
-
-def test_rows_of_nan_still_name_experts_that_exist(run):
-    logits = torch.full((3, 24), float("nan"))
-    logits[1] = 1.0
-    ids = run("route", {"logits": logits, "num_chosen": 5, "normalize": True})["ids"]
-    assert ids.min() >= 0
-    assert ids.max() < 24
-    assert ids[1].tolist() == [0, 1, 2, 3, 4]
-
-
-def test_norm_gated_silu_and_route_refuse_what_does_not_fit():
+def test_norm_and_gated_silu_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="weight"):
         add_norm(torch.zeros(2, 8), torch.zeros(7), 1e-6)
     with pytest.raises(ValueError, match="residual"):
         add_norm(torch.zeros(2, 8), torch.zeros(8), 1e-6, residual_TC=torch.zeros(3, 8))
     with pytest.raises(ValueError, match=r"\[T, 2 F\]"):
         gated_silu(torch.zeros(2, 7))
-    with pytest.raises(ValueError, match="5 experts a token"):
-        route(torch.zeros(2, 4), 5, normalize=True)
 
 
 if __name__ == "__main__":
