@@ -1,6 +1,7 @@
 """Which TensorRT: `tensorrt`, else `tensorrt_rtx`; both have one Python API."""
 
-import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any, Literal
 
 LibraryName = Literal["tensorrt", "tensorrt-rtx"]
@@ -16,11 +17,26 @@ def load_library(name: str | None = None) -> tuple[str, Any]:
     reasons = []
     for candidate in MODULES if name is None else (name,):
         try:
-            return candidate, importlib.import_module(MODULES[candidate])
+            module = importlib.import_module(MODULES[candidate])
+            if candidate == "tensorrt-rtx":
+                _link_by_plain_name()
+            return candidate, module
         except (ImportError, OSError) as error:
             reasons.append(f"{candidate}: {error}")
     extra = {"tensorrt": "rtpurbo[trt]", "tensorrt-rtx": "rtpurbo[trt-rtx]", None: "rtpurbo[trt] or rtpurbo[trt-rtx]"}[name]
     raise ValueError(f"no TensorRT: install {extra} ({'; '.join(reasons)})")
+
+
+def _link_by_plain_name() -> None:
+    """Make libtensorrt_rtx.so a link to libtensorrt_rtx.so.1: the parser opens it by that name, and aborts the process without it."""
+    package = importlib.util.find_spec("tensorrt_rtx_libs")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        wanted = Path(folder) / "libtensorrt_rtx.so"
+        if not wanted.exists() and wanted.with_name("libtensorrt_rtx.so.1").exists():
+            try:
+                wanted.symlink_to("libtensorrt_rtx.so.1")
+            except OSError as error:
+                raise ValueError(f"{wanted}: wanted as a link to libtensorrt_rtx.so.1, and cannot be made ({error.strerror})") from error
 
 
 def uses_carrier(name: str, version: str) -> bool:

@@ -24,6 +24,8 @@ from rtpurbo.kernels.experts import kernel as experts_kernel
 from rtpurbo.kernels.experts.sorting import PAIRS
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
+from rtpurbo.kernels.local_attention.tiles import UNBOUNDED
+from rtpurbo.kernels.prefill_layer import runs_of
 from rtpurbo.kernels.sparse_attention import kernel as decode_kernel
 from rtpurbo.kernels.sparse_attention import plan_attention
 from rtpurbo.plugins.trt.memory import tensor_at
@@ -80,12 +82,10 @@ def _prefill(
     attributes: Attributes, *, ring: tuple[torch.Tensor, torch.Tensor] | None = None, dense: bool = False,
 ) -> Launch:  # fmt: skip
     """Attention of a chunk, to its ring and itself or, without a ring, to a cache by position; dense: within no window."""
-    B, T, H, _ = q.shape
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    window = (1 << 30) if dense else attributes["window"]
     ring_k, ring_v = ring or (None, None)
+    window = UNBOUNDED.value if dense else attributes["window"]
     return prefill_kernel.describe(
-        q, k, v, lengths, counts, ring_k, ring_v, out, lse, window=window, sinks=attributes["sinks"], scale=attributes["scale"],
+        q, k, v, lengths, counts, ring_k, ring_v, out, None, window=window, sinks=attributes["sinks"], scale=attributes["scale"],
         by_position=ring is None,
     )  # fmt: skip
 
@@ -159,12 +159,13 @@ def _attend_retained(attributes: Attributes, plan: RetainedPlan | None, inputs: 
             window, sinks = attributes["window"], attributes["sinks"]
             run(decode_kernel.describe(plan.local, q_BHD, k, v, visible, None, None, scale, out_BHD, lse, window, sinks))
         return
-    G = q.shape[2] // k.shape[2]
-    for group, n in enumerate(attributes["retrieval_counts"]):
-        one = slice(group, group + 1)
-        for heads, dense in ((slice(group * G, group * G + n), True), (slice(group * G + n, (group + 1) * G), False)):
+    K = k.shape[2]
+    q_BTKGD, out_BTKGD = (x.unflatten(2, (K, x.shape[2] // K)) for x in (q, out))
+    for groups, n in runs_of(tuple(attributes["retrieval_counts"])):
+        for heads, dense in ((slice(0, n), True), (slice(n, q_BTKGD.shape[3]), False)):
             if heads.start < heads.stop:
-                run(_prefill(q[:, :, heads], k[:, :, one], v[:, :, one], lengths, counts, out[:, :, heads], attributes, dense=dense))
+                place = (slice(None), slice(None), groups, heads)
+                run(_prefill(q_BTKGD[place], k[:, :, groups], v[:, :, groups], lengths, counts, out_BTKGD[place], attributes, dense=dense))
 
 
 def _experts(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, run: Run) -> None:
