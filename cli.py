@@ -332,8 +332,9 @@ def bench(
     A length or batch size that exceeds the model's positions or the memory is skipped, with the reason in its row.
     """
     from rtpurbo.runtime import bench_report
-    from rtpurbo.runtime.bench import BenchOptions, Subject
+    from rtpurbo.runtime.bench import Subject
     from rtpurbo.runtime.bench import bench as run
+    from rtpurbo.runtime.bench_rows import BenchOptions
     from rtpurbo.runtime.engine import PREFILL_CHUNK
     from rtpurbo.runtime.loader import load
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -17,10 +17,11 @@ from rtpurbo import __version__
 from rtpurbo.manifests.assumptions import PlanOptions
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.manifests.plan import plan
+from rtpurbo.runtime.bench_rows import BenchOptions, BenchRow, Mode
 from rtpurbo.runtime.sampling import Sampler, SamplingOptions
 from rtpurbo.runtime.synthetic import SyntheticPrompts
+from rtpurbo.runtime.verify import KeptBlocks
 
-Mode = Literal["sparse", "dense"]
 WARM_STEPS = 4
 
 
@@ -47,72 +48,6 @@ class Subject:
     dtype: torch.dtype
     chunk: int
     form: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """Every prompt length with every batch size. chunk: prompt tokens processed at a time (None: the subject's own).
-
-    repeat: measured runs a row. new_tokens: the first comes from the prefill, the others from decode steps. dense: measure the dense
-    mode beside the sparse one. Raises ValueError for values out of range.
-    """
-
-    tokens: tuple[int, ...]
-    batch: tuple[int, ...] = (1,)
-    new_tokens: int = 64
-    chunk: int | None = None
-    repeat: int = 3
-    dense: bool = True
-
-    def __post_init__(self) -> None:
-        single = {"chunk": (self.chunk if self.chunk is not None else 1,), "repeat": (self.repeat,)}
-        for name, values in {"tokens": self.tokens, "batch": self.batch, **single}.items():
-            if not values or min(values) < 1:
-                raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}, wanted at least 1")
-        if self.new_tokens < 3:
-            raise ValueError(f"new_tokens is {self.new_tokens}, wanted at least 3: the first comes from the prefill, the second is apart")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchRow:
-    """One measurement, or why there is none (`note` with times of None).
-
-    ttft_s: prompt in, first token ids on the host; median, smallest and largest of the repeats. token_ms: one decode step of the whole
-    batch, its ids on the host; median, 10th and 90th percentile over all steps but each run's first, whose median is first_step_ms
-    (a CUDA graph is captured there). tokens_per_s: batch / token_ms. cache_bytes: what was allocated for tokens + new_tokens;
-    plan_cache_bytes: what `rtpurbo plan` says. peak_bytes: most device memory in use, weights included (None on a CPU).
-    ttft_speedup, token_speedup: dense time / sparse time, on sparse rows whose dense row ran.
-    """
-
-    form: str
-    mode: Mode
-    tokens: int
-    batch: int
-    new_tokens: int
-    chunk: int
-    dtype: str
-    ttft_s: float | None = None
-    ttft_low_s: float | None = None
-    ttft_high_s: float | None = None
-    token_ms: float | None = None
-    token_low_ms: float | None = None
-    token_high_ms: float | None = None
-    first_step_ms: float | None = None
-    tokens_per_s: float | None = None
-    prompt_tokens_per_s: float | None = None
-    ttft_speedup: float | None = None
-    token_speedup: float | None = None
-    cache_bytes: int | None = None
-    plan_cache_bytes: int | None = None
-    peak_bytes: int | None = None
-    note: str = ""
-    device: str
-    versions: str
-
-    @property
-    def ran(self) -> bool:
-        """Whether there are times."""
-        return self.ttft_s is not None
 
 
 def bench(subject: Subject, options: BenchOptions, on_row: Callable[[BenchRow], None] | None = None) -> list[BenchRow]:
@@ -198,14 +133,14 @@ def _measure(subject: Subject, options: BenchOptions, row: BenchRow, prompts: Sy
     state = started()
     ids_BT = prompts.take(row.tokens, row.batch)
     _run(runtime, state, ids_BT[:, : 2 * row.chunk], row.chunk, min(options.new_tokens, WARM_STEPS + 1))
-    first, opening, steps, cache_bytes = [], [], [], state.cache.nbytes()
+    first, opening, steps, cache_bytes, newest_B = [], [], [], state.cache.nbytes(), torch.empty(0)
     on_gpu = runtime.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(runtime.device)
     for _ in range(options.repeat):
         del state
         state = started()
-        ttft, opened, *rest = _run(runtime, state, ids_BT, row.chunk, options.new_tokens)
+        (ttft, opened, *rest), newest_B = _run(runtime, state, ids_BT, row.chunk, options.new_tokens)
         first.append(ttft)
         opening.append(opened)
         steps += rest
@@ -224,11 +159,12 @@ def _measure(subject: Subject, options: BenchOptions, row: BenchRow, prompts: Sy
         cache_bytes=cache_bytes,
         plan_cache_bytes=_planned(subject, row, capacity),
         peak_bytes=torch.cuda.max_memory_allocated(runtime.device) if on_gpu else None,
+        kept_blocks=_kept_blocks(runtime, state, newest_B),
     )
 
 
-def _run(runtime: Served, state: Any, ids_BT: torch.Tensor, chunk: int, new_tokens: int) -> list[float]:
-    """Seconds of the prefill and of each decode step, every token's ids read on the host as a stream of text needs them."""
+def _run(runtime: Served, state: Any, ids_BT: torch.Tensor, chunk: int, new_tokens: int) -> tuple[list[float], torch.Tensor]:
+    """Seconds of the prefill and of each decode step, ids read on the host after each, as streaming needs them; the last ids."""
     sampler, clock = Sampler(SamplingOptions(), range(len(ids_BT)), runtime.device), _Clock(runtime.device)
     clock.mark()
     picked_B = sampler.pick(runtime.prefill(state, ids_BT, chunk=chunk))
@@ -238,7 +174,17 @@ def _run(runtime: Served, state: Any, ids_BT: torch.Tensor, chunk: int, new_toke
         picked_B = sampler.pick(runtime.decode(state, picked_B))
         picked_B.tolist()
         clock.mark()
-    return clock.seconds()
+    return clock.seconds(), picked_B
+
+
+def _kept_blocks(runtime: Served, state: Any, ids_B: torch.Tensor) -> float | None:
+    """Share of the blocks that one more step selects: the cache has room for the last token that was picked."""
+    if not hasattr(state, "on_selection"):
+        return None
+    kept = KeptBlocks(runtime.manifest.decode_block)
+    state.on_selection = kept.observe
+    runtime.decode(state, ids_B)
+    return kept.share
 
 
 def _blank(subject: Subject, options: BenchOptions, mode: Mode, tokens: int, batch: int) -> BenchRow:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rtpurbo.manifests.report import format_bytes
-from rtpurbo.runtime.bench import BenchRow
+from rtpurbo.runtime.bench_rows import BenchRow
 
 # Okabe-Ito blue and vermillion, apart for colour-blind readers and in grey print.
 _COLOURS = {"sparse": "#0072B2", "dense": "#D55E00"}
@@ -131,5 +131,8 @@ def _figure(value: float | None) -> str:
 
 
 def _said(row: BenchRow) -> list[str]:
-    found = [] if row.ttft_speedup is None else [f"{row.ttft_speedup:.2f}x dense to the first token, {row.token_speedup:.2f}x a token"]
-    return [*found, *([row.note] if row.note else [])] if row.ran else [f"skipped, {row.note}"]
+    if not row.ran:
+        return [f"skipped, {row.note}"]
+    faster = "" if row.ttft_speedup is None else f"{row.ttft_speedup:.2f}x dense to the first token, {row.token_speedup:.2f}x a token"
+    kept = "" if row.kept_blocks is None else f"{row.kept_blocks:.1%} of the blocks kept"
+    return [said for said in (", ".join(filter(None, (faster, kept))), row.note) if said]

@@ -11,7 +11,8 @@ import torch
 from test_runtime_generate import byte_tokenizer
 
 from rtpurbo.runtime import bench_report
-from rtpurbo.runtime.bench import BenchOptions, BenchRow, Subject, bench
+from rtpurbo.runtime.bench import Subject, bench
+from rtpurbo.runtime.bench_rows import BenchOptions, BenchRow
 from rtpurbo.runtime.engine import Runtime
 from rtpurbo.runtime.loader import load
 from rtpurbo.runtime.synthetic import SyntheticPrompts
@@ -82,10 +83,12 @@ def test_every_length_and_batch_is_measured_sparse_and_dense(subject: Subject) -
         assert row.cache_bytes == pytest.approx(row.plan_cache_bytes, rel=0.02)
         assert (row.ttft_speedup is not None) == (row.token_speedup is not None) == (row.mode == "sparse")
         assert row.peak_bytes is None
+        assert (row.kept_blocks is not None) == (row.mode == "sparse")
         assert "CPU" in row.device
         assert f"torch {torch.__version__}" in row.versions
         assert ("below dense_below 50" in row.note) == (row.tokens == 40 and row.mode == "sparse")
     sparse, dense = rows[4], rows[5]
+    assert 0.05 < (sparse.kept_blocks or 0) < 0.5
     assert sparse.token_speedup == pytest.approx((dense.token_ms or 0) / (sparse.token_ms or 0))
 
 
@@ -94,7 +97,8 @@ def test_each_row_warms_up_on_a_short_prompt_and_then_runs_the_whole_one_in_fres
     bench(watched, BenchOptions(tokens=(100,), batch=(2,), new_tokens=7, repeat=2, dense=False))
     warm = [("start", 2, 107, False), ("prefill", (2, 32), 16), *[("decode", (2,))] * 4]
     run = [("start", 2, 107, False), ("prefill", (2, 100), 16), *[("decode", (2,))] * 6]
-    assert runtime.calls == [*warm, *run, *run]
+    # One more step, outside the times, counts the blocks.
+    assert runtime.calls == [*warm, *run, *run, ("decode", (2,))]
 
 
 def test_a_length_that_does_not_fit_is_a_row_with_its_reason_and_the_others_run(subject: Subject) -> None:
