@@ -240,7 +240,7 @@ def test_the_portable_kernel_compiles_into_the_shared_memory_of_older_gpus(capab
     from rtpurbo.kernels.local_attention import kernel
 
     function = kernel._prefill
-    constants = {"GROUP": 8, "M": 128, "N": 64, "D": D, "HAS_RING": True, "BY_POSITION": False, "LISTED": False, "HAS_LSE": True}
+    constants = {"M": 128, "N": 64, "D": D, "HAS_RING": True, "BY_POSITION": False, "LISTED": False, "HAS_LSE": True}
     constants |= {"PRECISION": "tf32"}
     constants |= {name: 1 for name in function.arg_names if name.startswith("stride_") and name.endswith("d")}
     compiled = compile_for(triton, ASTSource, function, constants, {}, capability, num_warps=4 if D == 64 else 8, num_stages=2)
@@ -259,7 +259,7 @@ def test_the_hopper_kernel_compiles_to_tensor_core_instructions(D, keys):
     from rtpurbo.kernels.local_attention import hopper_kernel
 
     function = hopper_kernel._prefill_hopper
-    constants = {"GROUP": 8, "M": 128, "N": 128, "D": D, "STAGES": 2, "HAS_RING": keys == "ring", "PING_PONG": True}
+    constants = {"M": 128, "N": 128, "D": D, "STAGES": 2, "HAS_RING": keys == "ring", "PING_PONG": True}
     constants |= {"BY_POSITION": keys in ("by position", "listed"), "LISTED": keys == "listed", "HAS_LSE": keys != "listed"}
     descriptors = {}
     for name in (name for name in function.arg_names if name.endswith("_desc")):

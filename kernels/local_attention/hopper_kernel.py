@@ -67,8 +67,8 @@ def _load_keys_and_values(n, source, row, b, kh, descs, buffers, STAGES: gl.cons
 def _load_partition(
     q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
     q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    B, H, tiles, window, sinks, capacity,
-    GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr,
+    B, H, GROUP, tiles, window, sinks, capacity,
+    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr,
     LISTED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: q once a unit of work, then keys and values in the order of the plan."""
@@ -197,8 +197,8 @@ def _step(
 def _attend_partition(
     out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
     q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    B, H, T, tiles, window, sinks, scale_log2, capacity,
-    HALF: gl.constexpr, GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    B, H, GROUP, T, tiles, window, sinks, scale_log2, capacity,
+    HALF: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr, LISTED: gl.constexpr, HAS_LSE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups that compute: query rows HALF * 64 ... of every unit of work."""
@@ -272,12 +272,12 @@ def _attend_partition(
         gl.store(out_base + (t_out - t0)[:, None] * stride_ot + d[None, :], out.to(k_smem.dtype), mask=(t_out < T)[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["B", "H", "GROUP", "T", "tiles", "window", "sinks", "capacity"])
 def _prefill_hopper(
     q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, out_ptr, lse_ptr,
     lengths_ptr, counts_ptr, ids_ptr, listed_ptr, stride_ob, stride_ot, stride_ok, stride_og,
-    B, H, T, tiles, window, sinks, scale_log2, capacity,
-    GROUP: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
+    B, H, GROUP, T, tiles, window, sinks, scale_log2, capacity,
+    M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
     BY_POSITION: gl.constexpr, LISTED: gl.constexpr, HAS_LSE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """Persistent: each program walks the units of work with the stride of the grid."""
@@ -308,19 +308,19 @@ def _prefill_hopper(
             (_attend_partition, (
                 out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn_a, turn_b,
-                B, H, T, tiles, window, sinks, scale_log2, capacity, gl.constexpr(0), GROUP, M, N, D, STAGES, HAS_RING, BY_POSITION,
+                B, H, GROUP, T, tiles, window, sinks, scale_log2, capacity, gl.constexpr(0), M, N, D, STAGES, HAS_RING, BY_POSITION,
                 LISTED, HAS_LSE, PING_PONG,
             )),
             (_attend_partition, (
                 out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn_b, turn_a,
-                B, H, T, tiles, window, sinks, scale_log2, capacity, gl.constexpr(1), GROUP, M, N, D, STAGES, HAS_RING, BY_POSITION,
+                B, H, GROUP, T, tiles, window, sinks, scale_log2, capacity, gl.constexpr(1), M, N, D, STAGES, HAS_RING, BY_POSITION,
                 LISTED, HAS_LSE, PING_PONG,
             )),
             (_load_partition, (
                 q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                B, H, tiles, window, sinks, capacity, GROUP, M, N, STAGES, HAS_RING, BY_POSITION, LISTED,
+                B, H, GROUP, tiles, window, sinks, capacity, M, N, STAGES, HAS_RING, BY_POSITION, LISTED,
             )),
         ],
         [4, 1],
@@ -358,7 +358,7 @@ def launch(
     programs = torch.cuda.get_device_properties(q_BTKGD.device).multi_processor_count
     _prefill_hopper[(min(programs, tiles * B * K * G),)](
         _descriptor(q_BTKGD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, out_BTKGD, out_BTKGD if lse_BHT is None else lse_BHT,
-        lengths_B, counts_B, ids, count, *out_BTKGD.stride()[:4], B, K * G, T, tiles, window, sinks, scale * LOG2_E.value, ids.shape[-1],
-        GROUP=G, M=BLOCK_QUERIES, N=BLOCK_KEYS, D=D, STAGES=stages, HAS_RING=ring_k_BWKD is not None, BY_POSITION=by_position,
+        lengths_B, counts_B, ids, count, *out_BTKGD.stride()[:4], B, K * G, G, T, tiles, window, sinks, scale * LOG2_E.value, ids.shape[-1],
+        M=BLOCK_QUERIES, N=BLOCK_KEYS, D=D, STAGES=stages, HAS_RING=ring_k_BWKD is not None, BY_POSITION=by_position,
         LISTED=lists is not None, HAS_LSE=lse_BHT is not None, PING_PONG=ping_pong, num_warps=4,
     )  # fmt: skip

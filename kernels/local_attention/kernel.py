@@ -69,14 +69,14 @@ def _attend_tile(
     return m_new, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "B", "H", "GROUP", "tiles", "window", "sinks", "capacity"])
 def _prefill(
     q_ptr, k_ptr, v_ptr, ring_k_ptr, ring_v_ptr, out_ptr, lse_ptr, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
     stride_qb, stride_qt, stride_qk, stride_qg, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_rkb, stride_rkw, stride_rkh, stride_rkd,
     stride_rvb, stride_rvw, stride_rvh, stride_rvd, stride_ob, stride_ot, stride_ok, stride_og,
-    T, B, H, tiles, window, sinks, scale_log2, capacity,
-    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HAS_RING: tl.constexpr, BY_POSITION: tl.constexpr,
+    T, B, H, GROUP, tiles, window, sinks, scale_log2, capacity,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HAS_RING: tl.constexpr, BY_POSITION: tl.constexpr,
     LISTED: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: M query rows of one head of one sequence."""
@@ -168,10 +168,9 @@ def describe(
         grid=(tiles * B * K * G,),
         arguments=(
             q_BTKGD, k_BTKD, v_BTKD, ring_k, ring_v, out_BTKGD, out_BTKGD if lse_BHT is None else lse_BHT, lengths_B, counts_B, ids, count,
-            *strides, *out_BTKGD.stride()[:4], T, B, K * G, tiles, window, sinks, scale * LOG2_E.value, ids.shape[-1],
+            *strides, *out_BTKGD.stride()[:4], T, B, K * G, G, tiles, window, sinks, scale * LOG2_E.value, ids.shape[-1],
         ),
         constants={
-            "GROUP": G,
             "M": block_queries,
             "N": block_keys,
             "D": D,
