@@ -261,6 +261,7 @@ def test_the_hopper_kernel_compiles_to_tensor_core_instructions(D, keys):
     function = hopper_kernel._prefill_hopper
     constants = {"M": 128, "N": 128, "D": D, "STAGES": 2, "HAS_RING": keys == "ring", "PING_PONG": True}
     constants |= {"BY_POSITION": keys in ("by position", "listed"), "LISTED": keys == "listed", "HAS_LSE": keys != "listed"}
+    constants |= {"PARTED": keys == "by position"}
     descriptors = {}
     for name in (name for name in function.arg_names if name.endswith("_desc")):
         block = [1, 1, 1, 64, D] if name == "q_desc" else [1, 1, 128, D]

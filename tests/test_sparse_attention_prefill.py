@@ -102,7 +102,7 @@ def attend_naively(q_tKGD, k_SKD, v_SKD, seen_KGtS, scale, working):
     return torch.einsum("kgts,skd->tkgd", weights, v).to(working), logits.logsumexp(-1)
 
 
-def largest_error(case: Case, impl: str, dtype: torch.dtype, device: str) -> float:
+def largest_error(case: Case, impl: str, dtype: torch.dtype, device: str, parts: int | None = None) -> float:
     """Error over the allowed one (twice that of eager products in the same dtype, plus one rounding); must stay below 1."""
     q, k, v, counts, ids, count_BHQ = build(case, dtype, device)
     lengths_B, counts_B = (torch.tensor(x, dtype=torch.int32, device=device) for x in (case.lengths, counts))
@@ -117,6 +117,16 @@ def largest_error(case: Case, impl: str, dtype: torch.dtype, device: str) -> flo
             q, k, v, lengths_B, counts_B, None, None, out, lse, scale=scale, window=UNBOUNDED.value, sinks=0, by_position=True,
             lists=None if ids is None or count_BHQ is None else (ids, count_BHQ), block_queries=case.block, block_keys=case.tile,
         ).run()  # fmt: skip
+    elif parts is not None:
+        from rtpurbo.kernels.local_attention import hopper_kernel
+        from rtpurbo.kernels.local_attention.tiles import UNBOUNDED
+
+        lse = torch.full((len(counts), case.K * case.G, case.T), float("nan"), device=device)
+        lists = None if ids is None or count_BHQ is None else (ids, count_BHQ)
+        hopper_kernel.launch(
+            q, k, v, lengths_B, counts_B, None, None, out, lse, window=UNBOUNDED.value, sinks=0, scale=scale, by_position=True,
+            lists=lists, parts=parts,
+        )  # fmt: skip
     else:
         _, lse = attend_prefill(
             q, k, v, lengths_B=lengths_B, counts_B=counts_B, scale=scale, ids_BHQN=ids, count_BHQ=count_BHQ, block=case.block,
@@ -173,6 +183,21 @@ def test_the_interpreted_kernel_matches_the_naive_mask(interpreter_errors, name)
     assert interpreter_errors[name] < 1
 
 
+def test_parts_over_disjoint_keys_merge_to_the_whole(interpreter_errors):
+    assert interpreter_errors["merged parts"] < 1e-5
+
+
+def test_work_is_cut_along_the_keys_only_where_that_fills_the_gpu():
+    from rtpurbo.kernels.local_attention.merge import parts_for
+
+    unit_bytes = 4 * 128 * 128
+    # 3 rounds of 132 for 320 pieces, 5 half rounds when cut in two.
+    assert parts_for(320, 132, 1 << 20, unit_bytes) == 2
+    assert parts_for(264, 132, 1 << 20, unit_bytes) == 1
+    assert parts_for(320, 132, 4096, unit_bytes) == 1
+    assert parts_for(132 * 6 + 1, 132, 1 << 20, unit_bytes) == 1
+
+
 def test_the_sparse_cases_keep_a_part_of_many_blocks():
     for name in ("listed", "listed, odd offset", "listed, heads of a view"):
         *_, ids, count = build(SMALL[name], torch.float32, "cpu")
@@ -223,6 +248,37 @@ def test_the_compiled_kernel_matches_the_naive_mask(impl, name, dtype):
     assert largest_error(dataclasses.replace(LARGE[name], block=128), impl, dtype, "cuda") < 1
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs compute capability 9.0")
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize(
+    "name", ["dense, odd length", "dense, ragged", "listed", "listed, odd offset", "listed, ragged", "listed, nothing"]
+)
+def test_the_hopper_kernel_cut_along_the_keys_matches_the_naive_mask(name, parts):
+    assert largest_error(dataclasses.replace(LARGE[name], block=128), "gluon", torch.bfloat16, "cuda", parts) < 1
+
+
+def interpreted_merge() -> float:
+    """Largest error of out and lse of three parts, one of which sees nothing for some queries; and of a query that sees nothing."""
+    from rtpurbo.kernels.local_attention.merge import merge_parts
+
+    B, T, K, G, D, S = 2, 37, 2, 3, 16, 30
+    logits, v = 3 * torch.randn(B, K * G, T, S), torch.randn(B, S, K * G, D)
+    logits[:, :, 5:9, 10:20] = float("-inf")
+    logits[:, :, 20] = float("-inf")
+    outs, lses = [], []
+    for keys in (slice(0, 10), slice(10, 20), slice(20, 30)):
+        outs.append(torch.einsum("bhts,bshd->bthd", logits[..., keys].softmax(-1).nan_to_num(), v[:, keys]))
+        lses.append(logits[..., keys].logsumexp(-1))
+    out, lse = torch.full((B, T, K, 2 * G, D), float("nan"))[:, :, :, :G], torch.full((B, K * G, T), float("nan"))
+    merge_parts(torch.stack(outs), torch.stack(lses), out, lse)
+    wanted = torch.einsum("bhts,bshd->bthd", logits.softmax(-1).nan_to_num(), v).unflatten(2, (K, G))
+    assert (lse[:, :, 20] == float("-inf")).all()
+    rows = [t for t in range(T) if t != 20]
+    return max((out - wanted).abs().max().item(), (lse - logits.logsumexp(-1))[:, :, rows].abs().max().item())
+
+
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)  # Fills empty tensors with NaN.
-    json.dump({name: largest_error(case, "interpreter", torch.float32, "cpu") for name, case in SMALL.items()}, sys.stdout)
+    errors = {name: largest_error(case, "interpreter", torch.float32, "cpu") for name, case in SMALL.items()}
+    json.dump({**errors, "merged parts": interpreted_merge()}, sys.stdout)

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rtpurbo.kernels.local_attention.merge import merge_parts, parts_for
 from rtpurbo.kernels.local_attention.tiles import (
     CHUNK,
     LN_2,
@@ -21,11 +22,13 @@ from rtpurbo.kernels.local_attention.tiles import (
     RING_WINDOW,
     UNBOUNDED,
     full_tile,
+    index_in_round,
     listed_tile,
     masked_tile,
     oldest_visible,
     plan_listed,
     plan_tiles,
+    rounds_of,
     unit_of_work,
 )
 
@@ -67,73 +70,80 @@ def _load_keys_and_values(n, source, row, b, kh, descs, buffers, STAGES: gl.cons
 def _load_partition(
     q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
     q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-    B, H, GROUP, tiles, window, sinks, capacity,
+    B, H, GROUP, tiles, parts, window, sinks, capacity,
     M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr,
-    LISTED: gl.constexpr,
+    LISTED: gl.constexpr, PARTED: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: q once a unit of work, then keys and values in the order of the plan."""
     descs = (k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc)
     buffers = (k_smem, v_smem, k_full, k_empty, v_full, v_empty)
-    n = 0
     units = 0
-    for index in range(gl.program_id(0), tiles * B * H, gl.num_programs(0)):
-        b, h, t0 = unit_of_work(index, tiles, B, H, M)
+    n = 0
+    programs = gl.num_programs(0)
+    for x in range(rounds_of(gl.program_id(0), programs, tiles * B * H * parts)):
+        b, h, part, t0 = unit_of_work(index_in_round(x, gl.program_id(0), programs), tiles, B, H, parts, M)
         length = gl.load(lengths_ptr + b)
         count = gl.load(counts_ptr + b)
         kh = h // GROUP
-        masked, full, details = _plan(
-            b, h, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, window, sinks, capacity, M, N, HAS_RING, BY_POSITION, LISTED
-        )
-        if masked > 0:
+        first, border, end, details = _plan(
+            b, h, part, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, parts, window, sinks, capacity,
+            M, N, HAS_RING, BY_POSITION, LISTED, PARTED,
+        )  # fmt: skip
+        if first < end:
             mbarrier.wait(q_empty, (units & 1) ^ 1)
             mbarrier.expect(q_full, 2 * q_desc.block_type.nbytes)
             async_load(q_desc, [b, kh, h % GROUP, t0, 0], q_full, q_smem.index(0))
             async_load(q_desc, [b, kh, h % GROUP, t0 + M // 2, 0], q_full, q_smem.index(1))
             units += 1
             if LISTED:
-                ids_row, listed, end = details
-                row, low = listed_tile(0, ids_row, listed, end, N, 1)
-                for x in range(masked + full):
+                ids_row, listed, newest = details
+                row, low = listed_tile(first, ids_row, listed, newest, N, 1)
+                for y in range(first, end):
                     # One id ahead: its way from memory takes a third of a tile's time.
-                    following, low = listed_tile(gl.minimum(x + 1, listed - 1), ids_row, listed, end, N, 1)
+                    following, low = listed_tile(gl.minimum(y + 1, listed - 1), ids_row, listed, newest, N, 1)
                     _load_keys_and_values(n, 0, row, b, kh, descs, buffers, STAGES, HAS_RING)
                     row = following
                     n += 1
             else:
-                for x in range(masked):
-                    source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
+                for y in range(first, gl.minimum(border, end)):
+                    source, row, j0, low, width = masked_tile(y, details, window, sinks, N, HAS_RING)
                     _load_keys_and_values(n, source, row, b, kh, descs, buffers, STAGES, HAS_RING)
                     n += 1
-                for x in range(full):
-                    source, row = full_tile(x, details, window, N, HAS_RING)
+                for y in range(gl.maximum(border, first) - border, end - border):
+                    source, row = full_tile(y, details, window, N, HAS_RING)
                     _load_keys_and_values(n, source, row, b, kh, descs, buffers, STAGES, HAS_RING)
                     n += 1
 
 
 @gluon.jit
 def _plan(
-    b, h, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, window, sinks, capacity,
-    M: gl.constexpr, N: gl.constexpr, HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr, LISTED: gl.constexpr,
+    b, h, part, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, parts, window, sinks, capacity,
+    M: gl.constexpr, N: gl.constexpr, HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr, LISTED: gl.constexpr, PARTED: gl.constexpr,
 ):  # fmt: skip
-    """(masked tiles, full tiles, details) of a unit of work; no tile where it has no query or its list is empty."""
+    """(first tile, first full tile, end, details): the part's tiles of a unit of work; none where it has no query or an empty list."""
     if LISTED:
         row = (b.to(gl.int64) * H + h) * tiles + t0 // M
         listed = gl.where(t0 < count, gl.load(listed_ptr + row), 0)
         ids_row = ids_ptr + row * capacity
         masked, full = plan_listed(ids_row, listed, length + t0, N, 1)
-        return masked, full, (ids_row, listed, length + gl.minimum(t0 + M, count))
+        total = listed
+        details = (ids_row, listed, length + gl.minimum(t0 + M, count))
     else:
         origin = 0 if BY_POSITION else length
         masked, full, details = plan_tiles(t0, length, origin, count, window, sinks, M, N, HAS_RING)
-        return gl.where(t0 < count, masked, 0), full, details
+        total = gl.where(t0 < count, masked + full, 0)
+    if PARTED:
+        return total * part // parts, masked, total * (part + 1) // parts, details
+    else:
+        return 0, masked, total, details
 
 
 @gluon.jit
 def _masked_tile(x, details, window, sinks, N: gl.constexpr, HAS_RING: gl.constexpr, LISTED: gl.constexpr):
     """(first position, lowest position of the run, width of its window) of a masked tile."""
     if LISTED:
-        ids_row, listed, end = details
-        j0, low = listed_tile(x, ids_row, listed, end, N, 1)
+        ids_row, listed, newest = details
+        j0, low = listed_tile(x, ids_row, listed, newest, N, 1)
         return j0, low, UNBOUNDED
     else:
         source, row, j0, low, width = masked_tile(x, details, window, sinks, N, HAS_RING)
@@ -195,11 +205,12 @@ def _step(
 
 @gluon.jit
 def _attend_partition(
-    out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
+    out_ptr, lse_ptr, stride_op, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
     q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, my_turn, other_turn,
-    B, H, GROUP, T, tiles, window, sinks, scale_log2, capacity,
+    B, H, GROUP, T, tiles, parts, window, sinks, scale_log2, capacity,
     HALF: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr, LISTED: gl.constexpr, HAS_LSE: gl.constexpr, PING_PONG: gl.constexpr,
+    HAS_RING: gl.constexpr, BY_POSITION: gl.constexpr, LISTED: gl.constexpr, PARTED: gl.constexpr, HAS_LSE: gl.constexpr,
+    PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """One of the two warpgroups that compute: query rows HALF * 64 ... of every unit of work."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -210,8 +221,9 @@ def _attend_partition(
     units = 0
     # The first half starts: its first turn counts as already given.
     turn = 1 - HALF
-    for index in range(gl.program_id(0), tiles * B * H, gl.num_programs(0)):
-        b, h, t0 = unit_of_work(index, tiles, B, H, M)
+    programs = gl.num_programs(0)
+    for x in range(rounds_of(gl.program_id(0), programs, tiles * B * H * parts)):
+        b, h, part, t0 = unit_of_work(index_in_round(x, gl.program_id(0), programs), tiles, B, H, parts, M)
         length = gl.load(lengths_ptr + b)
         count = gl.load(counts_ptr + b)
         acc = gl.zeros([M // 2, D], gl.float32, O_LAYOUT)
@@ -219,11 +231,18 @@ def _attend_partition(
         total = gl.full([M // 2], 0.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         t = t0 + HALF * (M // 2) + gl.arange(0, M // 2, gl.SliceLayout(1, S_LAYOUT))
         i = length + t
-        masked, full, details = _plan(
-            b, h, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, window, sinks, capacity, M, N, HAS_RING, BY_POSITION, LISTED
-        )
-        if masked > 0:
-            j0, low, width = _masked_tile(0, details, window, sinks, N, HAS_RING, LISTED)
+        first, border, end, details = _plan(
+            b, h, part, t0, length, count, ids_ptr, listed_ptr, B, H, tiles, parts, window, sinks, capacity,
+            M, N, HAS_RING, BY_POSITION, LISTED, PARTED,
+        )  # fmt: skip
+        if first < end:
+            if PARTED:
+                # The first tile goes through the mask in any case; a full one has position 0 here, which hides nothing from its queries.
+                j0, low, width = _masked_tile(gl.minimum(first, border - 1), details, window, sinks, N, HAS_RING, LISTED)
+                j0, low = gl.where(first < border, j0, 0), gl.where(first < border, low, 0)
+                width = gl.where(first < border, width, UNBOUNDED)
+            else:
+                j0, low, width = _masked_tile(0, details, window, sinks, N, HAS_RING, LISTED)
             mbarrier.wait(q_full, units & 1)
             units += 1
             mbarrier.wait(k_full.index(n % STAGES), (n // STAGES) & 1)
@@ -236,15 +255,15 @@ def _attend_partition(
             p, m, total, alpha = _softmax(s, m, total, scale_log2, True)
             mbarrier.wait(v_full.index(n % STAGES), (n // STAGES) & 1)
             n += 1
-            for x in range(1, masked):
-                j0, low, width = _masked_tile(x, details, window, sinks, N, HAS_RING, LISTED)
+            for y in range(first + 1, gl.minimum(border, end)):
+                j0, low, width = _masked_tile(y, details, window, sinks, N, HAS_RING, LISTED)
                 p, m, total, acc = _step(
                     n, turn, i, j0, low, width, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
                     True, D, N, STAGES, S_LAYOUT, O_LAYOUT, PING_PONG,
                 )  # fmt: skip
                 n += 1
                 turn += 1
-            for _ in range(full):
+            for _ in range(gl.maximum(border, first + 1), end):
                 p, m, total, acc = _step(
                     n, turn, i, 0, 0, 0, scale_log2, p, m, total, acc, q, buffers, my_turn, other_turn,
                     False, D, N, STAGES, S_LAYOUT, O_LAYOUT, PING_PONG,
@@ -261,24 +280,25 @@ def _attend_partition(
         total_safe = gl.where(seen, total, 1.0)
         if HAS_LSE:
             lse = gl.where(seen, (m + gl.log2(total_safe)) * LN_2, float("-inf"))
-            gl.store(lse_ptr + (b.to(gl.int64) * H + h) * T + t, lse, mask=t < T)
+            gl.store(lse_ptr + ((part * B + b).to(gl.int64) * H + h) * T + t, lse, mask=t < T)
         row_layout: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
         t_out = gl.convert_layout(t, row_layout)
         # Rows that see nothing: acc may hold anything that was loaded, weight zero does not make it zero.
         inverse = gl.convert_layout(gl.where(seen, 1.0 / total_safe, 0.0), row_layout)
         out = gl.where((inverse != 0)[:, None], acc * inverse[:, None], 0.0)
         d = gl.arange(0, D, gl.SliceLayout(0, O_LAYOUT))
-        out_base = out_ptr + b.to(gl.int64) * stride_ob + t0.to(gl.int64) * stride_ot + (h // GROUP) * stride_ok + (h % GROUP) * stride_og
-        gl.store(out_base + (t_out - t0)[:, None] * stride_ot + d[None, :], out.to(k_smem.dtype), mask=(t_out < T)[:, None])
+        out_base = out_ptr + part.to(gl.int64) * stride_op + b.to(gl.int64) * stride_ob + t0.to(gl.int64) * stride_ot
+        out_base += (h // GROUP) * stride_ok + (h % GROUP) * stride_og
+        gl.store(out_base + (t_out - t0)[:, None] * stride_ot + d[None, :], out.to(out_ptr.dtype.element_ty), mask=(t_out < T)[:, None])
 
 
-@gluon.jit(do_not_specialize=["B", "H", "GROUP", "T", "tiles", "window", "sinks", "capacity"])
+@gluon.jit(do_not_specialize=["B", "H", "GROUP", "T", "tiles", "parts", "window", "sinks", "capacity"])
 def _prefill_hopper(
     q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, out_ptr, lse_ptr,
-    lengths_ptr, counts_ptr, ids_ptr, listed_ptr, stride_ob, stride_ot, stride_ok, stride_og,
-    B, H, GROUP, T, tiles, window, sinks, scale_log2, capacity,
+    lengths_ptr, counts_ptr, ids_ptr, listed_ptr, stride_op, stride_ob, stride_ot, stride_ok, stride_og,
+    B, H, GROUP, T, tiles, parts, window, sinks, scale_log2, capacity,
     M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_RING: gl.constexpr,
-    BY_POSITION: gl.constexpr, LISTED: gl.constexpr, HAS_LSE: gl.constexpr, PING_PONG: gl.constexpr,
+    BY_POSITION: gl.constexpr, LISTED: gl.constexpr, PARTED: gl.constexpr, HAS_LSE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """Persistent: each program walks the units of work with the stride of the grid."""
     dtype: gl.constexpr = q_desc.dtype
@@ -306,21 +326,22 @@ def _prefill_hopper(
     gl.warp_specialize(
         [
             (_attend_partition, (
-                out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
+                out_ptr, lse_ptr, stride_op, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn_a, turn_b,
-                B, H, GROUP, T, tiles, window, sinks, scale_log2, capacity, gl.constexpr(0), M, N, D, STAGES, HAS_RING, BY_POSITION,
-                LISTED, HAS_LSE, PING_PONG,
+                B, H, GROUP, T, tiles, parts, window, sinks, scale_log2, capacity, gl.constexpr(0), M, N, D, STAGES, HAS_RING, BY_POSITION,
+                LISTED, PARTED, HAS_LSE, PING_PONG,
             )),
             (_attend_partition, (
-                out_ptr, lse_ptr, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
+                out_ptr, lse_ptr, stride_op, stride_ob, stride_ot, stride_ok, stride_og, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty, turn_b, turn_a,
-                B, H, GROUP, T, tiles, window, sinks, scale_log2, capacity, gl.constexpr(1), M, N, D, STAGES, HAS_RING, BY_POSITION,
-                LISTED, HAS_LSE, PING_PONG,
+                B, H, GROUP, T, tiles, parts, window, sinks, scale_log2, capacity, gl.constexpr(1), M, N, D, STAGES, HAS_RING, BY_POSITION,
+                LISTED, PARTED, HAS_LSE, PING_PONG,
             )),
             (_load_partition, (
                 q_desc, k_desc, v_desc, ring_k_desc, ring_v_desc, sinks_k_desc, sinks_v_desc, lengths_ptr, counts_ptr, ids_ptr, listed_ptr,
                 q_smem, q_full, q_empty, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
-                B, H, GROUP, tiles, window, sinks, capacity, M, N, STAGES, HAS_RING, BY_POSITION, LISTED,
+                B, H, GROUP, tiles, parts, window, sinks, capacity, M, N, STAGES, HAS_RING, BY_POSITION, LISTED,
+                PARTED,
             )),
         ],
         [4, 1],
@@ -340,9 +361,12 @@ def launch(
     q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, counts_B: torch.Tensor,
     ring_k_BWKD: torch.Tensor | None, ring_v_BWKD: torch.Tensor | None, out_BTHD: torch.Tensor, lse_BHT: torch.Tensor | None,
     *, window: int, sinks: int, scale: float, by_position: bool = False, lists: tuple[torch.Tensor, torch.Tensor] | None = None,
-    stages: int = 2, ping_pong: bool = True,
+    stages: int = 2, ping_pong: bool = True, parts: int | None = None,
 ) -> None:  # fmt: skip
-    """See `kernel.describe`; fp16 or bf16, head dim 64 or 128, addresses and strides multiples of 16 bytes, blocks of 128."""
+    """See `kernel.describe`; fp16 or bf16, head dim 64 or 128, addresses and strides multiples of 16 bytes, blocks of 128.
+
+    parts: pieces along the keys that are merged by a second launch (None: `parts_for` decides, from shapes alone).
+    """
     K = k_BTKD.shape[2]
     q_BTKGD, out_BTKGD = (x if x.dim() == 5 else x.unflatten(2, (K, x.shape[2] // K)) for x in (q_BTHD, out_BTHD))
     B, T, _, G, D = q_BTKGD.shape
@@ -356,9 +380,22 @@ def launch(
         ring_descs += [_descriptor(x[:, : max(sinks, 1)], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
     ids, count = (lengths_B, lengths_B) if lists is None else lists
     programs = torch.cuda.get_device_properties(q_BTKGD.device).multi_processor_count
-    _prefill_hopper[(min(programs, tiles * B * K * G),)](
-        _descriptor(q_BTKGD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, out_BTKGD, out_BTKGD if lse_BHT is None else lse_BHT,
-        lengths_B, counts_B, ids, count, *out_BTKGD.stride()[:4], B, K * G, G, T, tiles, window, sinks, scale * LOG2_E.value, ids.shape[-1],
+    units, H = tiles * B * K * G, K * G
+    if parts is None:
+        keys = min(k_BTKD.shape[1], window + sinks) if by_position else 0
+        parts = parts_for(units, programs, keys, 4 * BLOCK_QUERIES * D)
+    written, written_lse, stride_part = out_BTKGD, lse_BHT, 0
+    if parts > 1:
+        part_PBTHD = torch.empty((parts, B, T, H, D), dtype=torch.float32, device=q_BTKGD.device)
+        written_lse = torch.empty((parts, B, H, T), dtype=torch.float32, device=q_BTKGD.device)
+        written, stride_part = part_PBTHD[0].unflatten(2, (K, G)), part_PBTHD.stride(0)
+    _prefill_hopper[(min(programs, units * parts),)](
+        _descriptor(q_BTKGD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, written, written if written_lse is None else written_lse,
+        lengths_B, counts_B, ids, count, stride_part, *written.stride()[:4], B, H, G, T, tiles, parts, window, sinks,
+        scale * LOG2_E.value, ids.shape[-1],
         M=BLOCK_QUERIES, N=BLOCK_KEYS, D=D, STAGES=stages, HAS_RING=ring_k_BWKD is not None, BY_POSITION=by_position,
-        LISTED=lists is not None, HAS_LSE=lse_BHT is not None, PING_PONG=ping_pong, num_warps=4,
+        LISTED=lists is not None, PARTED=parts > 1, HAS_LSE=written_lse is not None, PING_PONG=ping_pong, num_warps=4,
     )  # fmt: skip
+    if parts > 1:
+        assert written_lse is not None
+        merge_parts(part_PBTHD, written_lse, out_BTKGD, lse_BHT)

@@ -80,7 +80,7 @@ def _prefill(
     LISTED: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: M query rows of one head of one sequence."""
-    b, h, t0 = unit_of_work(tl.program_id(0), tiles, B, H, M)
+    b, h, part, t0 = unit_of_work(tl.program_id(0), tiles, B, H, 1, M)
     length = tl.load(lengths_ptr + b).to(tl.int32)
     count = tl.load(counts_ptr + b).to(tl.int32)
     b64, kh, g = b.to(tl.int64), h // GROUP, h % GROUP

@@ -139,8 +139,26 @@ def oldest_visible(i, low, width):
 
 
 @triton.jit
-def unit_of_work(index, tiles, B, H, M: tl.constexpr):
-    """(sequence, query head, first query row) of a work index; heads run fastest and share K/V in L2, long rows come first."""
+def unit_of_work(index, tiles, B, H, parts, M: tl.constexpr):
+    """(sequence, query head, part of its keys, first query row) of a work index.
+
+    Heads run fastest and share K/V in L2, long rows come first.
+    """
     h = index % H
     b = (index // H) % B
-    return b, h, (tiles - 1 - index // (H * B)) * M
+    part = (index // (H * B)) % parts
+    return b, h, part, (tiles - 1 - index // (H * B * parts)) * M
+
+
+@triton.jit
+def rounds_of(program, programs, units):
+    """How many units of work a program takes when they are dealt in rounds, every second round in reverse order."""
+    whole = units // programs
+    place = tl.where(whole % 2 == 1, programs - 1 - program, program)
+    return whole + (place < units - whole * programs).to(tl.int32)
+
+
+@triton.jit
+def index_in_round(x, program, programs):
+    """The work index of a program in round x. Units shrink with their index: turning the order evens out what each program gets."""
+    return x * programs + tl.where(x % 2 == 1, programs - 1 - program, program)
