@@ -76,7 +76,7 @@ model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})
 
 - Roles and indexer were calibrated at the lengths in the recipe; longer contexts, other languages and other tasks are not
   covered by the metrics above.
-- Prefill of the retrieval heads is {manifest.prefill_pattern}; the selection (top-p {manifest.top_p:g}) applies to decoding.
+- {_prefill(manifest)}
 - {_dense_below(manifest)}
 - Biases and limits of the base model remain.
 """
@@ -120,6 +120,15 @@ def _roles(manifest: Manifest) -> str:
 | local heads | {manifest.sinks} sink tokens and a sliding window of {manifest.sliding_window} tokens |
 | indexer | {indexer.dim} dimensions, one key projection per {indexer.keys}, keys cached as {indexer.key_dtype} |
 | selection | top-p {manifest.top_p:g} over blocks of {manifest.decode_block} tokens |"""
+
+
+def _prefill(manifest: Manifest) -> str:
+    if manifest.prefill_pattern == "dense":
+        return f"Prefill of the retrieval heads is dense; the selection (top-p {manifest.top_p:g}) applies to decoding."
+    return (
+        f"Prefill of the retrieval heads is sparse too: a block of {manifest.prefill_block} queries keeps {manifest.prefill_mass:g} of its "
+        f"pooled index mass. Training ran it dense. Decoding selects with top-p {manifest.top_p:g}."
+    )
 
 
 def _dense_below(manifest: Manifest) -> str:

@@ -311,8 +311,9 @@ def _manifest(c: Conversion, calibration: Calibration, documents: list[Any]) -> 
         top_p=r.top_p,
         decode_block=r.decode_block,
         prefill_block=r.prefill_block,
-        prefill_pattern="dense",
+        prefill_pattern=r.prefill_pattern,
         dense_below=r.dense_below,
+        prefill_top_p=r.prefill_top_p or None,
         calibration={
             "documents": [{"tokens": len(d.token_ids), "earlier": d.earlier, "later": d.later, "needle": d.needle} for d in documents],
             "rank_stability": rank_stability(calibration.scores_NLH, num_top),

@@ -40,6 +40,8 @@ class Recipe:
     top_p: float = 0.9
     decode_block: int = 64
     prefill_block: int = 128
+    prefill_pattern: Literal["dense", "topp"] = "dense"
+    prefill_top_p: float = 0.0
 
     # Calibration: needle documents.
     calibration_documents: int = 4
@@ -90,6 +92,8 @@ class Recipe:
         for name in ("decode_block", "prefill_block"):
             if getattr(self, name) & (getattr(self, name) - 1):
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted a power of two")
+        if self.prefill_top_p and self.prefill_pattern != "topp":
+            raise ValueError(f"prefill_top_p {self.prefill_top_p} wants prefill_pattern topp, found {self.prefill_pattern}")
         for stage in ("indexer", "distill"):
             low, high = getattr(self, f"{stage}_min_tokens"), getattr(self, f"{stage}_max_tokens")
             if low > high:
@@ -179,6 +183,8 @@ HELP: dict[str, str] = {
     "top_p": "Share of the indexer's softmax mass that a decode step reads.",
     "decode_block": "Keys per block in decode selection.",
     "prefill_block": "Keys per block in prefill.",
+    "prefill_pattern": "Retrieval heads in prefill: all keys, or blocks by top-p.",
+    "prefill_top_p": "Mass that prefill keeps with topp (0: as --top-p).",
     "calibration_documents": "Needle documents.",
     "calibration_tokens": "Tokens of the longest needle document.",
     "needle_tokens": "Tokens of the needle.",
@@ -219,6 +225,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("top_p", 1e-6, 1),
     ("decode_block", 1, 4096),
     ("prefill_block", 1, 4096),
+    ("prefill_top_p", 0, 1),
     ("calibration_documents", 1, 1024),
     ("calibration_tokens", 64, 1 << 24),
     ("needle_tokens", 4, 4096),

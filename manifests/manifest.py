@@ -81,7 +81,8 @@ class Manifest:
     """Everything the runtime and the plugins need to know beside the weights. See docs/artifact.md for each field.
 
     sliding_window counts the query itself. dense_below: prompts shorter than this many tokens run with full attention to
-    their end (0: never). top_p in (0, 1]. decode_block and prefill_block: keys per block, in tokens.
+    their end (0: never). top_p in (0, 1]. decode_block and prefill_block: keys per block, in tokens. prefill_top_p: share of the
+    pooled index mass with prefill_pattern "topp" (None: top_p).
     """
 
     base_model: BaseModel
@@ -95,8 +96,9 @@ class Manifest:
     top_p: float
     decode_block: int
     prefill_block: int
-    prefill_pattern: Literal["dense"]
+    prefill_pattern: Literal["dense", "topp"]
     dense_below: int
+    prefill_top_p: float | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -115,6 +117,11 @@ class Manifest:
     def num_retained_groups(self) -> int:
         """KV groups over all layers that keep their full cache."""
         return sum(len(layer.retained_groups) for layer in self.layers)
+
+    @property
+    def prefill_mass(self) -> float:
+        """Share of the pooled index mass that a block of queries keeps with the prefill pattern "topp"."""
+        return self.top_p if self.prefill_top_p is None else self.prefill_top_p
 
     def index_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Name -> shape of every tensor of indexer.safetensors.
@@ -140,6 +147,8 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object on disk, digest included."""
         body = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        if self.prefill_top_p is None:
+            del body["prefill_top_p"]
         body["num_retrieval_heads"] = self.num_retrieval_heads
         body["num_retained_groups"] = self.num_retained_groups
         body = json.loads(json.dumps(body, allow_nan=False))
@@ -267,6 +276,8 @@ def _check(m: Manifest) -> None:
         _check_layer(i, layer, shape)
     if not 0 < m.top_p <= 1:
         raise ValueError(f"top_p is {m.top_p}, wanted 0 < top_p <= 1")
+    if m.prefill_top_p is not None and (m.prefill_pattern != "topp" or not 0 < m.prefill_top_p <= 1):
+        raise ValueError(f"prefill_top_p is {m.prefill_top_p}, wanted 0 < prefill_top_p <= 1, and only with prefill_pattern topp")
     if m.sliding_window < 1 or m.sinks < 0 or m.dense_below < 0:
         raise ValueError(f"sliding_window {m.sliding_window}, sinks {m.sinks} or dense_below {m.dense_below} is out of range")
     for name in ("decode_block", "prefill_block"):

@@ -55,6 +55,7 @@ def describe(manifest: Manifest, kv_bytes: int = 2) -> dict[str, Any]:
         "decode_block": manifest.decode_block,
         "prefill_block": manifest.prefill_block,
         "prefill_pattern": manifest.prefill_pattern,
+        "prefill_top_p": manifest.prefill_mass if manifest.prefill_pattern == "topp" else None,
         "dense_below": manifest.dense_below,
         "cache": _cache_sizes(manifest, kv_bytes),
         "calibration": body["calibration"],
@@ -189,6 +190,12 @@ def _cache_sizes(manifest: Manifest, kv_bytes: int) -> dict[str, Any]:
     }
 
 
+def _prefill(manifest: Manifest) -> str:
+    if manifest.prefill_pattern == "dense":
+        return "dense"
+    return f"{manifest.prefill_pattern} {manifest.prefill_mass:g} in blocks of {manifest.prefill_block}"
+
+
 def _summary(manifest: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]]:
     indexer = manifest.indexer
     rows = [
@@ -198,7 +205,7 @@ def _summary(manifest: Manifest, facts: dict[str, Any]) -> list[tuple[str, str]]
         ("KV groups with full cache", f"{facts['num_retained_groups']} of {facts['num_groups']}"),
         ("local heads", f"window {manifest.sliding_window}, sinks {manifest.sinks}, dense below {manifest.dense_below} tokens"),
         ("indexer", f"{indexer.dim} dimensions, keys per {indexer.keys}, {indexer.key_dtype}, scale {indexer.scale:g}"),
-        ("selection", f"top-p {manifest.top_p:g}, decode block {manifest.decode_block}, prefill {manifest.prefill_pattern}"),
+        ("selection", f"top-p {manifest.top_p:g}, decode block {manifest.decode_block}, prefill {_prefill(manifest)}"),
     ]
     rows += [(f"metric {name}", f"{value}") for name, value in sorted(manifest.metrics.items()) if not isinstance(value, dict | list)]
     rows += [(f"file {name}", f"{format_bytes(f.size_bytes)}, sha256 {f.sha256[:16]}...") for name, f in manifest.files.items()]

@@ -75,6 +75,16 @@ def test_a_saved_manifest_is_read_back_equal_and_leaves_no_partial_file(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["rtpurbo.json"]
 
 
+def test_sparse_prefill_keeps_the_decode_share_unless_it_has_its_own(tmp_path):
+    shares = {}
+    for name, own in (("same", None), ("own", 0.97)):
+        manifest = example(prefill_pattern="topp", prefill_top_p=own)
+        manifest.save(tmp_path / name)
+        assert Manifest.load(tmp_path / name) == manifest
+        shares[name] = (manifest.prefill_mass, "prefill_top_p" in manifest.to_dict())
+    assert shares == {"same": (0.9, False), "own": (0.97, True)}
+
+
 def test_the_digest_does_not_depend_on_key_order_or_white_space():
     body = example().to_dict()
     text = json.dumps(dict(reversed(body.items())), indent=7)
@@ -104,6 +114,9 @@ def test_a_tampered_value_is_refused_by_its_digest():
         (("decode_block",), 96, "decode_block is 96, wanted a power of two"),
         (("granularity",), "layer", "granularity"),
         (("prefill_pattern",), "magic", "prefill_pattern"),
+        (("prefill_top_p",), 1.5, "prefill_top_p"),
+        (("prefill_top_p",), 0.9, "prefill_top_p is 0.9, wanted .* only with prefill_pattern topp"),
+        (("prefill_top_p",), None, "prefill_top_p"),
         (("indexer", "dim"), 33, "indexer.dim is 33"),
         (("indexer", "scale"), 0, "indexer.scale"),
         (("indexer", "key_dtype"), "int4", "indexer.key_dtype"),

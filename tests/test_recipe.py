@@ -28,6 +28,8 @@ CHANGED = {
     "top_p": 0.95,
     "decode_block": 32,
     "prefill_block": 64,
+    "prefill_pattern": "topp",
+    "prefill_top_p": 0.97,
     "calibration_documents": 3,
     "calibration_tokens": 16384,
     "needle_tokens": 48,
@@ -164,6 +166,8 @@ def test_fields_that_contradict_each_other_are_refused():
         Recipe(distill_min_tokens=90000)
     with pytest.raises(ValueError, match="answer_tokens 40000 must be below distill_min_tokens 32768"):
         Recipe(answer_tokens=40000)
+    with pytest.raises(ValueError, match=r"prefill_top_p 0.9 wants prefill_pattern topp, found dense"):
+        Recipe(prefill_top_p=0.9)
     for block in ("decode_block", "prefill_block"):
         with pytest.raises(ValueError, match=f"{block} is 48, wanted a power of two"):
             Recipe(**{block: 48})  # type: ignore[arg-type]

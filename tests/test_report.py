@@ -42,6 +42,14 @@ def manifest(layers=4, heads=6, groups=2, retrieval=((), (1,), (3, 4, 5), (0, 5)
     )
 
 
+def test_the_summary_says_how_a_sparse_prefill_selects():
+    sparse = dataclasses.replace(manifest(), prefill_pattern="topp", prefill_top_p=0.95)
+    assert describe(sparse)["prefill_top_p"] == 0.95
+    console = Console(file=io.StringIO(), width=200)
+    render(sparse, console)
+    assert "prefill topp 0.95 in blocks of 128" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_roles_read_as_one_character_per_query_head():
     rows = [role_string(layer, 3) for layer in manifest().layers]
     assert rows == ["... ...", "o#o ...", "... ###", "#oo oo#"]
