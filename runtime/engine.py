@@ -44,6 +44,11 @@ class Runtime:
             return "experts in float32 run eagerly and wait for the device, wanted bfloat16 or float16"
         return None
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return self.model.config.vocab_size
+
     def start(self, batch: int, capacity: int, dense: bool = False, *, graph: bool | None = None) -> State:
         """An empty batch whose sequences may grow to `capacity` tokens; dense: all heads attend fully, nothing is dropped.
 
@@ -200,7 +205,7 @@ class Runtime:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in stop or (stop and self.tokenizer is None):
             raise ValueError("stop strings must not be empty, and need an artifact with a tokenizer")
-        ids = encode_prompts(self.tokenizer, self.model.config.vocab_size, prompts, chat)
+        ids = encode_prompts(self.tokenizer, self.vocab_size, prompts, chat)
         limit = self.manifest.model.max_position_embeddings
         for i, prompt in enumerate(ids):
             if len(prompt) + max_new_tokens > limit:
@@ -221,7 +226,15 @@ class Runtime:
 
     def _decode_step(self, state: State, kind: Kind) -> torch.Tensor:
         """One step and its sampling, on the device alone: what a graph captures."""
-        logits_BV = decode_step(
+        logits_BV = self._decode_logits(state)
+        sampled_B = sample(logits_BV, replace(state.options, kind=kind), state.seed_B, state.step_B)
+        state.ids_B.copy_(torch.where(state.active_B > 0, sampled_B, state.ids_B))
+        state.step_B.add_(state.active_B)
+        return logits_BV
+
+    def _decode_logits(self, state: State) -> torch.Tensor:
+        """Append state.ids_B to the active sequences and their count to the lengths; logits [B, V]."""
+        return decode_step(
             self.model,
             self._plans,
             self.manifest,
@@ -232,10 +245,6 @@ class Runtime:
             state.rope,
             state.on_selection,
         )
-        sampled_B = sample(logits_BV, replace(state.options, kind=kind), state.seed_B, state.step_B)
-        state.ids_B.copy_(torch.where(state.active_B > 0, sampled_B, state.ids_B))
-        state.step_B.add_(state.active_B)
-        return logits_BV
 
 
 def _real_tokens_first(input_ids: torch.Tensor, mask_BT: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, list[int]]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from rtpurbo import __version__
 from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest, file_digest
+from rtpurbo.plugins.trt.cache import CAPACITY_STEP
 from rtpurbo.plugins.trt.cubins import CAPABILITIES, compile_cubins, distinct, kernels_digest
 from rtpurbo.plugins.trt.folder import CUBINS_NAME, PLAN_NAME, CacheInfo, EngineInfo
 from rtpurbo.plugins.trt.library import load_library, uses_carrier
@@ -23,8 +24,6 @@ _KEPT = (
     MANIFEST_NAME, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
-# The capacity of a cache is a multiple of this, so that the cache of every sequence of a batch begins where TensorRT allows it.
-CAPACITY_STEP = 256
 
 
 class Reporter(Protocol):
