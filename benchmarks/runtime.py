@@ -41,11 +41,13 @@ PARTS = {
 
 def slice_of_model(layers: int, retained: int) -> Runtime:
     """Random weights; one KV group is retained in each of the last `retained` layers, all of its heads retrieve."""
-    config = Qwen3MoeConfig(
-        vocab_size=151936, hidden_size=C, num_hidden_layers=layers, num_attention_heads=H, num_key_value_heads=K, head_dim=D,
-        num_experts=E, num_experts_per_tok=X, moe_intermediate_size=F, intermediate_size=3 * C, norm_topk_prob=True, decoder_sparse_step=1,
-        mlp_only_layers=[], max_position_embeddings=POSITIONS, tie_word_embeddings=False, hidden_act="silu",
-    )  # fmt: skip
+    values: dict[str, Any] = {
+        "vocab_size": 151936, "hidden_size": C, "num_hidden_layers": layers, "num_attention_heads": H, "num_key_value_heads": K,
+        "head_dim": D, "num_experts": E, "num_experts_per_tok": X, "moe_intermediate_size": F, "intermediate_size": 3 * C,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": POSITIONS,
+        "tie_word_embeddings": False, "hidden_act": "silu",
+    }  # fmt: skip
+    config = Qwen3MoeConfig(**values)
     heads = [list(range(H // K)) if i >= layers - retained else [] for i in range(layers)]
     shape = ModelShape(
         model_type="qwen3_moe", num_hidden_layers=layers, num_attention_heads=H, num_key_value_heads=K, head_dim=D,
@@ -116,7 +118,14 @@ def measure_step(rows: list[dict[str, object]], layers: int) -> None:
         captured = time_steps(runtime, state, 50)
         parts, kernels = split_of_step(runtime, state)
         uncaptured = time_steps(runtime, filled(runtime, batch, tokens, capacity=capacity, graph=False), 10)
-        row = {"section": "step", "layers": layers, "batch": batch, "tokens": tokens, "us": captured, "uncaptured_us": uncaptured}
+        row: dict[str, object] = {
+            "section": "step",
+            "layers": layers,
+            "batch": batch,
+            "tokens": tokens,
+            "us": captured,
+            "uncaptured_us": uncaptured,
+        }
         rows.append(row | {f"{part}_us": value for part, value in parts.items()})
         print(rows[-1], flush=True)
         for kernel in kernels[:24]:
