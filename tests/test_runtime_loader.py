@@ -16,6 +16,7 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from rtpurbo.manifests.manifest import INDEXER_NAME, MANIFEST_NAME, Manifest
+from rtpurbo.manifests.parameters import count_parameters
 from rtpurbo.runtime.cache import require_memory
 from rtpurbo.runtime.layout import layout_of, with_roles
 from rtpurbo.runtime.loader import load
@@ -131,6 +132,63 @@ def test_weights_that_do_not_fit_the_config_are_refused(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     reseal(folder)
     refused(folder, r"1 weights are missing, the first is model\.layers\.1\.self_attn\.q_proj\.bias")
+
+
+@pytest.mark.parametrize("family", eager.FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_is_held_once(tmp_path: Path, family: str, tied: bool) -> None:
+    config = eager.tiny_config(family, tie_word_embeddings=tied, **({"mlp_only_layers": [1]} if family == "qwen3_moe" else {}))
+    eager.save_artifact(tmp_path, config, [[0, 5], [], [4]])
+    stored = count_parameters(json.loads((tmp_path / "config.json").read_text())).total
+    assert load(tmp_path, device="cpu").model.nbytes() == 4 * stored
+
+
+def test_shards_stacked_experts_and_superfluous_tensors_load_to_the_same_logits(tmp_path: Path) -> None:
+    config = eager.tiny_config("qwen3_moe", layers=2, tie_word_embeddings=True)
+    eager.save_artifact(tmp_path, config, RETRIEVAL)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+
+    def logits() -> torch.Tensor:
+        runtime = load(tmp_path, device="cpu")
+        return runtime.prefill(runtime.start(1, 8), ids)
+
+    want, tensors = logits(), load_file(tmp_path / "model.safetensors")
+    for i in range(2):
+        prefix = f"model.layers.{i}.mlp.experts."
+        parts = {n: [tensors.pop(f"{prefix}{e}.{n}_proj.weight") for e in range(4)] for n in ("gate", "up", "down")}
+        pairs = zip(parts["gate"], parts["up"], strict=True)
+        tensors[f"{prefix}gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+        tensors[f"{prefix}down_proj"] = torch.stack(parts["down"])
+    tensors["lm_head.weight"] = torch.zeros(eager.VOCABULARY, 48)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, some in shards.items():
+        save_file({name: tensors[name] for name in some}, tmp_path / shard)
+    weight_map = {name: shard for shard, some in shards.items() for name in some}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    reseal(tmp_path)
+    assert torch.equal(logits(), want)
+
+
+def test_a_tensor_of_another_shape_a_missing_shard_and_a_broken_index_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.ones(47)}, folder / "model.safetensors")
+    reseal(folder)
+    refused(folder, r"model\.norm\.weight has shape \[47\], wanted \[48\]")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}))
+    reseal(folder)
+    refused(folder, "the model cannot be loaded")
+    index.write_text("[]")
+    reseal(folder)
+    refused(folder, "not an index of shards")
+
+
+def test_an_activation_other_than_silu_is_refused(tmp_path: Path) -> None:
+    eager.save_artifact(tmp_path, eager.tiny_config("llama", layers=2, hidden_act="gelu"), RETRIEVAL)
+    refused(tmp_path, "hidden_act is 'gelu', wanted 'silu'")
 
 
 @pytest.mark.parametrize(
