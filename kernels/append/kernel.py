@@ -8,8 +8,10 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from rtpurbo.kernels.append.plan import AppendPlan
+from rtpurbo.kernels.launch import Launch
 
 TILE = 32
 
@@ -82,7 +84,11 @@ def _rope_append(
     HAS_INDEX_K: tl.constexpr,
     HAS_INDEX_Q: tl.constexpr,
     IS_FP8: tl.constexpr,
+    EARLY_LAUNCH: tl.constexpr,
 ):
+    if EARLY_LAUNCH:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     length, count = tl.load(lengths_ptr + b), tl.load(counts_ptr + b)
@@ -181,38 +187,22 @@ def launch(
     strides_r = (0, 0) if ring_k_BWKD is None else ring_k_BWKD.stride()[:2]
     # A pointer that no branch reads still has to be one.
     unused = qkv_BTM
-    _rope_append[(triton.cdiv(T, tile), plan.num_heads + 2 * plan.num_groups, B)](
-        qkv_BTM,
-        cos_SE,
-        sin_SE,
-        lengths_B,
-        counts_B,
-        *(unused if x is None else x for x in (plan.norms_2D, plan.index_q_PRD, plan.index_k_IRD)),
-        plan.place_H,
-        plan.first_set_K,
-        *(unused if x is None else x for x in (index_q_BTPR, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD)),
-        T,
-        *strides_k,
-        *strides_i,
-        *strides_r,
-        0 if k_BSKD is None else k_BSKD.shape[2],
-        P,
-        window,
-        sinks,
-        plan.eps,
-        H=plan.num_heads,
-        K=plan.num_groups,
-        E=half,
-        E_PADDED=max(16, triton.next_power_of_2(half)),
-        R=R,
-        R_PADDED=max(16, triton.next_power_of_2(R)),
-        TILE=tile,
-        HAS_NORM=plan.norms_2D is not None,
-        HAS_CACHE=k_BSKD is not None,
-        HAS_RING=ring_k_BWKD is not None,
-        HAS_INDEX_K=index_k_BSIR is not None,
-        HAS_INDEX_Q=index_queries,
-        IS_FP8=index_k_BSIR is not None and index_k_BSIR.dtype == torch.float8_e4m3fn,
-        num_warps=1 if tile == 1 else 4,
-    )
+    early_launch = qkv_BTM.is_cuda and torch.cuda.get_device_capability(qkv_BTM.device) >= (9, 0)
+    Launch(
+        kernel=_rope_append, grid=(triton.cdiv(T, tile), plan.num_heads + 2 * plan.num_groups, B),
+        arguments=(
+            qkv_BTM, cos_SE, sin_SE, lengths_B, counts_B,
+            *(unused if x is None else x for x in (plan.norms_2D, plan.index_q_PRD, plan.index_k_IRD)), plan.place_H, plan.first_set_K,
+            *(unused if x is None else x for x in (index_q_BTPR, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD)),
+            T, *strides_k, *strides_i, *strides_r, 0 if k_BSKD is None else k_BSKD.shape[2], P, window, sinks, plan.eps,
+        ),
+        constants={
+            "H": plan.num_heads, "K": plan.num_groups, "E": half, "E_PADDED": max(16, triton.next_power_of_2(half)), "R": R,
+            "R_PADDED": max(16, triton.next_power_of_2(R)), "TILE": tile, "HAS_NORM": plan.norms_2D is not None,
+            "HAS_CACHE": k_BSKD is not None, "HAS_RING": ring_k_BWKD is not None, "HAS_INDEX_K": index_k_BSIR is not None,
+            "HAS_INDEX_Q": index_queries, "IS_FP8": index_k_BSIR is not None and index_k_BSIR.dtype == torch.float8_e4m3fn,
+            "EARLY_LAUNCH": early_launch,
+        },
+        num_warps=1 if tile == 1 else 4, early_launch=early_launch,
+    ).run()  # fmt: skip
     return index_q_BTPR

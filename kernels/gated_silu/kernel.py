@@ -7,12 +7,18 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+
+from rtpurbo.kernels.launch import Launch
 
 BLOCK = 1024
 
 
 @triton.jit
-def _gated_silu(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
+def _gated_silu(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr, EARLY_LAUNCH: tl.constexpr):
+    if EARLY_LAUNCH:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < F
@@ -27,5 +33,9 @@ def launch(gate_up_TG: torch.Tensor) -> torch.Tensor:
     T, F = gate_up_TG.shape[0], gate_up_TG.shape[1] // 2
     out_TF = torch.empty(T, F, dtype=gate_up_TG.dtype, device=gate_up_TG.device)
     if T and F:
-        _gated_silu[(T, triton.cdiv(F, BLOCK))](gate_up_TG, out_TF, F, BLOCK=BLOCK)
+        early_launch = out_TF.is_cuda and torch.cuda.get_device_capability(out_TF.device) >= (9, 0)
+        Launch(
+            kernel=_gated_silu, grid=(T, triton.cdiv(F, BLOCK)), arguments=(gate_up_TG, out_TF, F),
+            constants={"BLOCK": BLOCK, "EARLY_LAUNCH": early_launch}, early_launch=early_launch,
+        ).run()  # fmt: skip
     return out_TF

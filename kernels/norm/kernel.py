@@ -7,6 +7,9 @@
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+
+from rtpurbo.kernels.launch import Launch
 
 
 @triton.jit
@@ -20,7 +23,11 @@ def _add_norm(
     C: tl.constexpr,
     C_PADDED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    EARLY_LAUNCH: tl.constexpr,
 ):
+    if EARLY_LAUNCH:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     place_C = tl.arange(0, C_PADDED)
     inside_C = place_C < C
@@ -43,16 +50,10 @@ def launch(x_TC: torch.Tensor, weight_C: torch.Tensor, eps: float, residual_TC: 
     residual = x_TC if residual_TC is None else residual_TC
     if T:
         padded = triton.next_power_of_2(C)
-        _add_norm[(T,)](
-            x_TC,
-            residual,
-            weight_C,
-            out_TC,
-            x_TC.stride(0),
-            eps,
-            C=C,
-            C_PADDED=padded,
-            HAS_RESIDUAL=residual_TC is not None,
-            num_warps=max(1, min(8, padded // 256)),
-        )
+        early_launch = x_TC.is_cuda and torch.cuda.get_device_capability(x_TC.device) >= (9, 0)
+        Launch(
+            kernel=_add_norm, grid=(T,), arguments=(x_TC, residual, weight_C, out_TC, x_TC.stride(0), eps),
+            constants={"C": C, "C_PADDED": padded, "HAS_RESIDUAL": residual_TC is not None, "EARLY_LAUNCH": early_launch},
+            num_warps=max(1, min(8, padded // 256)), early_launch=early_launch,
+        ).run()  # fmt: skip
     return out_TC, residual
