@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -236,8 +237,12 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise ValueError(f"{path}: missing, but {MANIFEST_NAME} lists it")
         if path.stat().st_size != wanted.size_bytes:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, wanted {wanted.size_bytes} ({MANIFEST_NAME})")
-        if (found := file_digest(path).sha256) != wanted.sha256:
-            raise ValueError(f"{path}: sha256 {found}, wanted {wanted.sha256} ({MANIFEST_NAME})")
+    # hashlib lets other threads run: the shards of a large model are read side by side.
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        found_of = pool.map(lambda name: file_digest(folder / name).sha256, manifest.files)
+        for (name, wanted), found in zip(manifest.files.items(), found_of, strict=True):
+            if found != wanted.sha256:
+                raise ValueError(f"{folder / name}: sha256 {found}, wanted {wanted.sha256} ({MANIFEST_NAME})")
 
 
 def roles_from_heads(scores: list[list[float]], retrieval: list[list[int]], group_size: int) -> tuple[LayerRoles, ...]:

@@ -29,6 +29,10 @@ class Place:
 
     def fill(self, tensor: torch.Tensor) -> None:
         """Copy the tensor into its place."""
+        if self.heads is None and tensor.dtype == self.target.dtype:
+            self.target.copy_(tensor)
+            return
+        # Converted and reordered where that is fast.
         tensor = tensor.to(self.target.device)
         if self.heads is None:
             self.target.copy_(tensor)
