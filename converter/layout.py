@@ -9,6 +9,7 @@ from typing import Any
 from rtpurbo.converter.safetensors_format import ALIGNMENT, TensorInfo
 from rtpurbo.converter.shards import EMBEDDING, INDEX, LM_HEAD, SINGLE
 
+_QKV = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 # Which stack a projection belongs to, and its place among the tensors of one expert there.
@@ -28,6 +29,7 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list
 
     Order: embedding, layers by number, norm, lm_head. The experts of a layer lie side by side by number in two stacks, which can be read
     as the fused tensors of transformers: gate_proj and up_proj of each expert [E, 2 F, hidden], then all down_proj [E, hidden, F].
+    Elsewhere in a layer q_proj, k_proj and v_proj follow each other, as do gate_proj and up_proj, so that they can be read as one matrix.
     A stack, like a single tensor, is never split, so one that is larger than the limit has a shard of its own.
     The format allows no gaps; tensors whose size is no multiple of 8 bytes therefore come last, and all others begin at a multiple of 8.
     ValueError when the experts of one stack differ in dtype or shape.
@@ -86,5 +88,7 @@ def _place(name: str) -> tuple[int, int, int, str, int]:
         stack, part = _PROJECTIONS[expert[3]]
         return (1, int(expert[1]), 1 + (stack == "down"), "", 2 * int(expert[2]) + part)
     if layer := _LAYER.fullmatch(name):
+        if qkv := _QKV.fullmatch(layer[2]):
+            return (1, int(layer[1]), 0, f"self_attn.qkv_proj.{qkv[2]}", "qkv".index(qkv[1]))
         return (1, int(layer[1]), 0, layer[2], 0)
     return ({EMBEDDING: 0, LM_HEAD: 3}.get(name, 2), 0, 0, name, 0)

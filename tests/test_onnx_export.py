@@ -14,6 +14,7 @@ from tiny_checkpoints import edit_json
 
 from rtpurbo.converter.checkpoint import open_checkpoint
 from rtpurbo.converter.package import write_artifact
+from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.plugins.trt.export import Export, ExportOptions, export
 from rtpurbo.plugins.trt.nodes import DECODE, PREFILL
 from rtpurbo.plugins.trt.onnx_engine import OnnxEngine
@@ -163,21 +164,41 @@ def test_weights_of_the_same_dtype_stay_in_the_artifacts_own_files(artifact: Pat
     assert exported.copied_bytes == rope + index
 
 
+def convert(made: Path, out: Path, **shape: Any) -> int:
+    """Write `made` again as the converter does; bytes of its weights."""
+    checkpoint, manifest = open_checkpoint(str(made), work=out.with_name("work")), Manifest.load(made / "rtpurbo.json")
+    indexer, unlisted = eager.load_file(made / "indexer.safetensors"), dataclasses.replace(manifest, files={})
+    write_artifact(out, checkpoint, unlisted, indexer=indexer, student={}, recipe_toml="", metrics={}, **shape)
+    return checkpoint.size_bytes
+
+
+def products(exported: Export) -> int:
+    return sum(node.op_type == "Gemm" for node in exported.model.graph.node)
+
+
 def test_the_experts_of_a_converted_model_are_used_where_they_lie(tmp_path: Path) -> None:
     _, groups, retrieval, keys = CASES["qwen3_moe"]
-    manifest = eager.save_artifact(tmp_path / "made", eager.tiny_config("qwen3_moe", groups=groups), retrieval, keys=keys)
-    checkpoint = open_checkpoint(str(tmp_path / "made"), work=tmp_path / "work")
-    indexer = eager.load_file(tmp_path / "made" / "indexer.safetensors")
-    unlisted = dataclasses.replace(manifest, files={})
-    write_artifact(
-        tmp_path / "converted", checkpoint, unlisted, indexer=indexer, student={}, recipe_toml="", metrics={}, max_shard_bytes=60_000
-    )
-    made, converted = export(tmp_path / "made"), export(tmp_path / "converted")
-    experts = 3 * 4 * 3 * 32 * 48 * 4
-    assert made.copied_bytes - converted.copied_bytes == experts
-    assert converted.external_bytes == checkpoint.size_bytes
-    assert len(list((tmp_path / "converted").glob("model-*.safetensors"))) > 1
-    assert_equals_runtime(tmp_path / "converted")
+    made, out = tmp_path / "made", tmp_path / "converted"
+    eager.save_artifact(made, eager.tiny_config("qwen3_moe", groups=groups), retrieval, keys=keys)
+    stored = convert(made, out, max_shard_bytes=60_000)
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    copied, placed = export(made), export(out)
+    assert copied.copied_bytes - placed.copied_bytes == 3 * 4 * 3 * 32 * 48 * 4
+    norms_of_q_and_k = 3 * 2 * 16 * 4
+    assert placed.external_bytes == stored - norms_of_q_and_k
+    assert_equals_runtime(out)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_projections_of_one_input_are_one_product_in_a_converted_model(tmp_path: Path, family: str) -> None:
+    heads, groups, retrieval, keys = CASES[family]
+    made, out = tmp_path / "made", tmp_path / "converted"
+    eager.save_artifact(made, eager.tiny_config(family, heads=heads, groups=groups), retrieval, keys=keys)
+    stored = convert(made, out)
+    # q, k, v | o | gate, up | down of each layer, and lm_head; transformers writes gate and up next to each other too, but not q, k, v.
+    assert (products(export(made)), products(export(out))) == (3 * 6 + 1, 3 * 4 + 1)
+    assert export(out).external_bytes == stored
+    assert_equals_runtime(out)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,20 @@ def test_layers_are_written_in_the_order_of_their_numbers(tmp_path: Path):
     assert load_file(out / "indexer.safetensors") == {}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_of_one_input_follow_each_other(opened: Callable[[str], Checkpoint], tmp_path: Path, family: str):
+    out = tmp_path / "artifact"
+    write(out, opened(family))
+    names = list(header_of(out / "model.safetensors"))
+    qkv, gate_up = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")
+    for layer in range(3):
+        for parts in ([f"{p}.weight" for p in qkv], [f"{p}.bias" for p in qkv], [f"{p}.weight" for p in gate_up]):
+            full = [f"model.layers.{layer}.{part}" for part in parts]
+            if full[0] in names:
+                first = names.index(full[0])
+                assert names[first : first + len(full)] == full
+
+
 def test_tensors_of_odd_size_come_last_so_that_the_others_stay_aligned(tmp_path: Path):
     shape = {"hidden_size": 31, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4, "dtype": "bfloat16"}
     checkpoint = open_checkpoint(str(tiny_checkpoint(tmp_path / "odd", "llama", **shape)), work=tmp_path)

@@ -70,7 +70,7 @@ class Decoder:
         g, x32 = self.g, self.g.float32(x)
         mean = g.op("ReduceMean", g.op("Mul", x32, x32), g.integers(-1), attributes={"keepdims": 1})
         scaled = g.op("Div", x32, g.op("Sqrt", g.op("Add", mean, g.real(eps))))
-        return g.op("Mul", self.weights.tensor(weight), g.cast(scaled, self.dtype))
+        return g.op("Mul", weight, g.cast(scaled, self.dtype))
 
     def linear(self, x_MC: str, name: str) -> str:
         """x W^T (+ bias), with W [out, in] as it is stored."""
@@ -99,38 +99,34 @@ class Decoder:
     def attention(self, layer: Layer, x_MC: str, cos: str, sin: str) -> str:
         """One layer's self-attention, [M, C] -> [M, C]."""
         g, prefix = self.g, f"model.layers.{layer.index}.self_attn."
-        q_BTHD = self._heads(prefix, "q", x_MC, layer.layout.head_order)
-        k_BTKD = self._heads(prefix, "k", x_MC, layer.layout.group_order)
-        v_BTKD = self._heads(prefix, "v", x_MC, layer.layout.group_order)
-        q, k = self.rotate(q_BTHD, cos, sin), self.rotate(k_BTKD, cos, sin)
-        retained, groups = layer.num_retained, layer.layout.num_groups
-        heads = retained * layer.layout.group_size
+        layout, retained = layer.layout, layer.num_retained
+        heads, groups, kept = len(layout.head_order), layout.num_groups, retained * layout.group_size
+        # Queries and keys go through norm and RoPE together: one tensor of H + K heads.
+        qk, v = self._projected(prefix, x_MC, layout)
+        turned = self.rotate(qk, cos, sin)
         parts = []
         if retained:
-            kv = [self._part(k, 0, retained, groups), self._part(v_BTKD, 0, retained, groups)]
-            parts.append(self._retained(layer, self._part(q, 0, heads, groups * layer.layout.group_size), kv, q_BTHD, k_BTKD))
+            kv = [self._heads(turned, heads, heads + retained), self._heads(v, 0, retained)]
+            parts.append(self._retained(layer, self._heads(turned, 0, kept), kv, qk))
         if retained < groups:
-            kv = [self._part(k, retained, groups, groups), self._part(v_BTKD, retained, groups, groups)]
-            local_q = self._part(q, heads, groups * layer.layout.group_size, groups * layer.layout.group_size)
-            parts.append(self._local(layer, local_q, kv))
-        out_BTHD = self._reordered(g.concat(2, *parts), tuple(int(i) for i in np.argsort(layer.layout.head_order)))
-        return self.linear(g.reshape(out_BTHD, -1, self.shape.num_attention_heads * self.shape.head_dim), f"{prefix}o_proj")
+            kv = [self._heads(turned, heads + retained, heads + groups), self._heads(v, retained, groups)]
+            parts.append(self._local(layer, self._heads(turned, kept, heads), kv))
+        out_BTHD = self._reordered(g.concat(2, *parts), tuple(int(i) for i in np.argsort(layout.head_order)))
+        return self.linear(g.reshape(out_BTHD, -1, heads * self.shape.head_dim), f"{prefix}o_proj")
 
     def mlp(self, index: int, x_MC: str) -> str:
         """The layer's feed-forward part: a gated MLP, or a mixture of experts where the checkpoint has a router."""
         g, prefix = self.g, f"model.layers.{index}.mlp."
         if f"{prefix}gate.weight" in self.weights:
             return self._experts(index, prefix, x_MC)
-        gate, up = self.linear(x_MC, f"{prefix}gate_proj"), self.linear(x_MC, f"{prefix}up_proj")
-        return self.linear(g.op("Mul", self._silu(gate), up), f"{prefix}down_proj")
-
-    def _silu(self, x: str) -> str:
-        return self.g.op("Mul", x, self.g.op("Sigmoid", x))
+        gate_up = self._joined_linear(x_MC, prefix, "gate_up_proj", ("gate_proj", "up_proj"))
+        gate, up = g.ops("Split", [gate_up], 2, {"axis": 1, "num_outputs": 2})
+        silu = g.op("Mul", gate, g.op("Sigmoid", gate))
+        return self.linear(g.op("Mul", silu, up), f"{prefix}down_proj")
 
     def _experts(self, index: int, prefix: str, x_MC: str) -> str:
         g, config = self.g, self.config
         experts = self.weights.shape(f"{prefix}gate.weight")[0]
-        width, hidden = self.weights.shape(f"{prefix}experts.0.gate_proj.weight")
         probabilities = g.op("Softmax", g.float32(self.linear(x_MC, f"{prefix}gate")), attributes={"axis": -1})
         top, ids = g.ops("TopK", [probabilities, g.integers(config["num_experts_per_tok"])], 2, {"axis": -1})
         if config.get("norm_topk_prob", False):
@@ -138,27 +134,43 @@ class Decoder:
         gate_up = [f"{prefix}experts.{e}.{part}_proj.weight" for e in range(experts) for part in ("gate", "up")]
         down = [f"{prefix}experts.{e}.down_proj.weight" for e in range(experts)]
         stacks = [
-            self.weights.stack(f"{prefix}experts.gate_up_proj", gate_up, hidden),
-            self.weights.stack(f"{prefix}experts.down_proj", down, width),
+            self.weights.stack(f"{prefix}experts.gate_up_proj", gate_up, experts),
+            self.weights.stack(f"{prefix}experts.down_proj", down, experts),
         ]
         return self.custom("Experts", [x_MC, g.cast(ids, TensorProto.INT32), g.cast(top, self.dtype), *stacks], {}, f"layers.{index}.")[0]
 
-    def _heads(self, prefix: str, which: str, x_MC: str, order: tuple[int, ...]) -> str:
-        """A projection as [B, T, heads, D] in run-time order, normalised per head where the model does that: as it enters RoPE.
+    def _joined_linear(self, x_MC: str, prefix: str, name: str, parts: tuple[str, ...]) -> str:
+        """Several projections of one input side by side: one product where their weights lie below each other on disk."""
+        weight = self.weights.join(f"{prefix}{name}.weight", [f"{prefix}{part}.weight" for part in parts])
+        biased = [f"{prefix}{part}.bias" for part in parts if f"{prefix}{part}.bias" in self.weights]
+        if weight is None or len(biased) not in (0, len(parts)):
+            return self.g.concat(1, *(self.linear(x_MC, f"{prefix}{part}") for part in parts))
+        bias = [self.weights.join(f"{prefix}{name}.bias", biased, copy=True)] if biased else []
+        return self.g.op("Gemm", x_MC, weight, *(b for b in bias if b is not None), attributes={"transB": 1})
+
+    def _projected(self, prefix: str, x_MC: str, layout: LayerLayout) -> tuple[str, str]:
+        """Queries and keys [B, T, H + K, D] as they enter RoPE, and values [B, T, K, D], in run-time order.
 
         Activations are reordered, not weights: a reordered weight could not stay where it is stored.
         """
-        x = self.g.reshape(self.linear(x_MC, f"{prefix}{which}_proj"), self.batch, self.rows, len(order), self.shape.head_dim)
+        g, heads, groups = self.g, len(layout.head_order), layout.num_groups
+        x = self._joined_linear(x_MC, prefix, "qkv_proj", ("q_proj", "k_proj", "v_proj"))
+        x = g.reshape(x, self.batch, self.rows, heads + 2 * groups, self.shape.head_dim)
+        order = (*layout.head_order, *(heads + i for i in layout.group_order), *(heads + groups + i for i in layout.group_order))
         x = self._reordered(x, order)
-        norm = f"{prefix}{which}_norm.weight"
-        return self.norm(x, norm, self.config["rms_norm_eps"]) if norm in self.weights else x
+        qk, v = self._heads(x, 0, heads + groups), self._heads(x, heads + groups, heads + 2 * groups)
+        if f"{prefix}q_norm.weight" in self.weights:
+            q, k = (self.weights.read(f"{prefix}{which}_norm.weight").to(self.weights.dtype) for which in "qk")
+            both = self.weights.copy(f"{prefix}qk_norm.weight", torch.cat([q.expand(heads, -1), k.expand(groups, -1)]))
+            qk = self.norm(qk, both, self.config["rms_norm_eps"])
+        return qk, v
 
     def _reordered(self, x_BTHD: str, order: tuple[int, ...]) -> str:
         return x_BTHD if order == tuple(range(len(order))) else self.g.gather(x_BTHD, self.g.integers(*order), 2)
 
-    def _part(self, x_BTHD: str, start: int, stop: int, size: int) -> str:
-        """Heads start ... stop-1 of `size`."""
-        return x_BTHD if (start, stop) == (0, size) else self.g.op("Slice", x_BTHD, *(self.g.integers(i) for i in (start, stop, 2)))
+    def _heads(self, x_BTHD: str, start: int, stop: int) -> str:
+        """Heads start ... stop-1."""
+        return self.g.op("Slice", x_BTHD, *(self.g.integers(i) for i in (start, stop, 2)))
 
     def _window(self) -> dict[str, Any]:
         return {"window": self.manifest.sliding_window, "sinks": self.manifest.sinks, "scale": self.shape.head_dim**-0.5}
@@ -168,16 +180,17 @@ class Decoder:
         rings = [f"{prefix}ring_k", f"{prefix}ring_v"]
         return self.custom("AttendLocal", [q, *kv, *rings, "lengths", "counts"], self._window(), prefix)[0]
 
-    def _retained(self, layer: Layer, q: str, kv: list[str], q_BTHD: str, k_BTKD: str) -> str:
-        """Append the chunk, then attend; q_BTHD and k_BTKD are from before RoPE and hold all heads of the layer."""
+    def _retained(self, layer: Layer, q: str, kv: list[str], qk: str) -> str:
+        """Append the chunk, then attend; qk is from before RoPE and holds all heads of the layer."""
         prefix, m = f"layers.{layer.index}.", self.manifest
         names = [f"{prefix}k_cache", f"{prefix}v_cache"]
         roles = {**self._window(), "retrieval_counts": layer.retrieval_counts}
         if layer.index_q_JRD is None or layer.index_k_IRD is None:
             caches = self.custom("AppendKV", [*names, *kv, "lengths", "counts"], {}, prefix)
             return self.custom("AttendCausal", [q, *caches, "lengths", "counts", self.visible], roles, f"{prefix}retained.")[0]
-        index_q = self._indexed(q_BTHD, layer.layout.retrieval_heads, layer.index_q_JRD, f"{prefix}index_q")
-        index_k = self._indexed(k_BTKD, layer.layout.key_groups, layer.index_k_IRD, f"{prefix}index_k")
+        index_q = self._indexed(qk, layer.layout.retrieval_heads, layer.index_q_JRD, f"{prefix}index_q")
+        keys = tuple(len(layer.layout.head_order) + group for group in layer.layout.key_groups)
+        index_k = self._indexed(qk, keys, layer.index_k_IRD, f"{prefix}index_k")
         rows = [*kv, self._stored(index_k)]
         *caches, index_cache = self.custom("Append", [*names, f"{prefix}index_cache", *rows, "lengths", "counts"], {}, prefix)
         selection = {

@@ -104,13 +104,13 @@ def _write(decoder: Decoder, layers: list[Layer], tables: tuple[str, str], posit
     cos, sin = decoder.rope_tables(*tables, positions)
     for layer in layers:
         prefix = f"model.layers.{layer.index}."
-        h_MC = decoder.norm(x_MC, f"{prefix}input_layernorm.weight", eps)
+        h_MC = decoder.norm(x_MC, weights.tensor(f"{prefix}input_layernorm.weight"), eps)
         x_MC = g.op("Add", x_MC, decoder.attention(layer, h_MC, cos, sin))
-        h_MC = decoder.norm(x_MC, f"{prefix}post_attention_layernorm.weight", eps)
+        h_MC = decoder.norm(x_MC, weights.tensor(f"{prefix}post_attention_layernorm.weight"), eps)
         x_MC = g.op("Add", x_MC, decoder.mlp(layer.index, h_MC))
     first_B = g.op("Mul", g.count_up(decoder.batch), g.op("Squeeze", decoder.rows, g.integers(0)))
     last_B = g.op("Max", g.op("Sub", g.int64("counts"), g.integer(1)), g.integer(0))
-    x_BC = decoder.norm(g.gather(x_MC, g.op("Add", first_B, last_B), 0), "model.norm.weight", eps)
+    x_BC = decoder.norm(g.gather(x_MC, g.op("Add", first_B, last_B), 0), weights.tensor("model.norm.weight"), eps)
     if tied:
         return g.float32(g.op("Gemm", x_BC, embedding, attributes={"transB": 1}))
     return g.float32(decoder.linear(x_BC, "lm_head"))

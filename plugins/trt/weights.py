@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -67,24 +68,34 @@ class Weights:
         place = self._places[name]
         return self._add(name, place) if place.dtype == self.dtype else self.copy(name, self.read(name).to(self.dtype))
 
-    def stack(self, name: str, parts: list[str], width: int) -> str:
-        """Equal tensors [rows, width] that lie adjacent and in order on disk as one initializer [E, rows of an expert, width].
+    def stack(self, name: str, parts: list[str], experts: int) -> str:
+        """Tensors of equal width as one initializer [E, rows of an expert, width]; `parts` lists the experts one after the other."""
+        rows, width = sum(self.shape(part)[0] for part in parts), self.shape(parts[0])[1]
+        return self._joined(name, parts, (experts, rows // experts, width))
 
-        `parts` lists the E experts one after the other, each with the same number of tensors. Where they do not lie so (an artifact
-        that the converter did not write), they are copied.
+    def join(self, name: str, parts: list[str], *, copy: bool = False) -> str | None:
+        """Tensors of equal width below each other as one initializer [rows, ...], or None where only a copy could hold them.
+
+        They lie below each other on disk in artifacts that the converter wrote. copy: small ones, which may be copied.
         """
+        if self.dtype == self.stored_dtype(parts[0]) and not (copy or self._adjacent(parts)):
+            return None
+        return self._joined(name, parts, (sum(self.shape(part)[0] for part in parts), *self.shape(parts[0])[1:]))
+
+    def _joined(self, name: str, parts: list[str], shape: tuple[int, ...]) -> str:
         first = self._places[parts[0]]
-        experts = len({part.split(".experts.")[1].split(".")[0] for part in parts})
-        shape = (experts, len(parts) // experts * first.shape[0], width)
-        adjacent = all(
-            (place.file, place.dtype, place.shape, place.offset) == (first.file, first.dtype, first.shape, first.offset + i * first.nbytes)
-            for i, place in enumerate(self._places[part] for part in parts)
-        )
-        if adjacent and first.dtype == self.dtype:
-            place = Place(file=first.file, dtype=first.dtype, shape=shape, offset=first.offset, nbytes=len(parts) * first.nbytes)
-            return self._add(name, place)
+        if self._adjacent(parts) and first.dtype == self.dtype:
+            nbytes = sum(self._places[part].nbytes for part in parts)
+            return self._add(name, Place(file=first.file, dtype=first.dtype, shape=shape, offset=first.offset, nbytes=nbytes))
         self._room_for(name, prod(shape) * self.dtype.itemsize)
         return self.copy(name, torch.cat([self.read(part).to(self.dtype) for part in parts]).reshape(shape))
+
+    def _adjacent(self, parts: list[str]) -> bool:
+        """Whether the tensors follow each other in one file, in this order, in one dtype."""
+        places = [self._places[part] for part in parts]
+        return all(
+            (a.file, a.dtype, a.offset + a.nbytes, a.shape[1:]) == (b.file, b.dtype, b.offset, b.shape[1:]) for a, b in pairwise(places)
+        )
 
     def copy(self, name: str, tensor: torch.Tensor) -> str:
         """An initializer inside the ONNX file. ValueError when the file would grow past what one protobuf message holds."""
