@@ -57,7 +57,7 @@ def prefill_chunk(
         )  # fmt: skip
         selection: dict[str, Any] = {
             "pattern": "topp", "index_q_BTHR": index_q_BTHR, "index_k_BSIR": layer.index_k_BSIR, "key_sets": plan.layout.key_sets,
-            "index_scale": manifest.indexer.scale, "top_p": manifest.top_p, "prefill_block": manifest.prefill_block,
+            "index_scale": manifest.indexer.scale, "top_p": manifest.prefill_mass, "prefill_block": manifest.prefill_block,
         }  # fmt: skip
         out_BTHD = prefill_layer(
             q_BTHD, k_BTKD, v_BTKD, retrieval_counts=plan.layout.retrieval_counts, newest=newest, scale=model.scale, dense=cache.dense,

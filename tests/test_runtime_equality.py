@@ -188,6 +188,29 @@ def test_dense_mode_and_all_retrieval_equal_transformers_own_dense_logits(tmp_pa
             assert (got[0] - want).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_prefill_that_selects_everything_equals_dense_prefill(tmp_path: Path, family: str) -> None:
+    config, row = eager.tiny_config(family, layers=2), random_ids(330)
+    fields = {"prefill_pattern": "topp", "prefill_top_p": 1.0}
+    manifest = eager.save_artifact(tmp_path, config, [[0, 5], [4, 5, 6, 7]], **fields)
+    got, _ = run(load(tmp_path, device="cpu"), [row, row[:77]], [330, 77], 50)
+    want = eager.eager_logits(tmp_path, manifest, row, 330)
+    assert (got[0] - want).abs().max() < TOLERANCE
+    assert (got[1] - want[:77]).abs().max() < TOLERANCE
+
+
+def test_prefill_that_selects_blocks_does_not_depend_on_the_chunk(tmp_path: Path) -> None:
+    config, row = eager.tiny_config("qwen3", layers=2), random_ids(700)
+    logits = []
+    for mass, chunk in ((1.0, 700), (0.6, 700), (0.6, 64), (0.6, 160)):
+        eager.save_artifact(tmp_path / str(mass), config, [[0, 5], [4, 5, 6, 7]], prefill_pattern="topp", prefill_top_p=mass)
+        got, _ = run(load(tmp_path / str(mass), device="cpu"), [row], [700], chunk)
+        logits.append(got[0])
+    dense, whole, *chunked = logits
+    assert (whole - dense).abs().max() > 1e-2
+    assert all((other - whole).abs().max() < TOLERANCE for other in chunked)
+
+
 def test_all_local_equals_a_manifest_without_retrieval_heads(tmp_path: Path) -> None:
     manifest = eager.save_artifact(tmp_path, eager.tiny_config("qwen3", layers=2), [[0, 5], [4, 5, 6, 7]])
     layers = tuple(dataclasses.replace(layer, retrieval_heads=(), retained_groups=()) for layer in manifest.layers)
