@@ -221,6 +221,12 @@ def test_what_an_engine_cannot_hold_is_refused_by_name(
         export(tmp_path, ExportOptions(**options))
 
 
+def test_a_prefill_that_selects_blocks_is_refused(tmp_path: Path) -> None:
+    eager.save_artifact(tmp_path, eager.tiny_config("llama", layers=1), [[0]], prefill_pattern="topp")
+    with pytest.raises(ValueError, match=r"rtpurbo.json: prefill_pattern is 'topp'; engines prefill densely, wanted dense"):
+        export(tmp_path)
+
+
 def test_a_copy_that_does_not_fit_into_one_file_is_refused(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rtpurbo.plugins.trt.weights.MAX_COPIED_BYTES", 1000)
     with pytest.raises(ValueError, match="export in the artifact's own dtype, or convert the model again"):

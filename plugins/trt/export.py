@@ -69,8 +69,9 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
     layers.{i}.index_cache [batch, capacity, I, R], zeros at first. Outputs: logits float32 [batch, V] of each sequence's last valid
     token, and every cache's new value under `Export.caches`; a caller of TensorRT binds it to the same memory as its input.
 
-    Raises ValueError for an artifact that the runtime would refuse, an activation other than silu, a top_p that an engine cannot hold
-    exactly, more positions than the model has, and weights that would have to be copied but do not fit (see weights.Weights.copy).
+    Raises ValueError for an artifact that the runtime would refuse, a prefill that selects, an activation other than silu, a top_p that
+    an engine cannot hold exactly, more positions than the model has, and weights that would have to be copied but do not fit (see
+    weights.Weights.copy).
     """
     options = ExportOptions() if options is None else options
     artifact = Manifest.load(folder / MANIFEST_NAME)
@@ -80,6 +81,10 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
     indexer = read_indexer(folder, artifact)
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"{folder / 'config.json'}: hidden_act is {activation!r}, wanted silu")
+    if manifest.prefill_pattern != "dense":
+        raise ValueError(
+            f"{folder / MANIFEST_NAME}: prefill_pattern is {manifest.prefill_pattern!r}; engines prefill densely, wanted dense"
+        )
     positions = options.positions or manifest.model.max_position_embeddings
     if positions > manifest.model.max_position_embeddings:
         raise ValueError(f"{positions} positions exceed the model's max_position_embeddings {manifest.model.max_position_embeddings}")
