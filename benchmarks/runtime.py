@@ -1,7 +1,8 @@
 """The runtime's decode step and its small kernels on one GPU.
 
 `step`: a slice of Qwen3-Coder-30B-A3B (same widths, fewer layers, random weights) with caches filled to a length: time of a captured
-and an uncaptured step, and its split by kernels. `kernels`: rope_append, add_norm and gated_silu beside eager PyTorch.
+and an uncaptured step, and its split by kernels. `long`: 4096 steps, whose memory must not grow. `kernels`: rope_append, add_norm
+and gated_silu beside eager PyTorch.
 
 Run from the repository root: `python benchmarks/runtime.py --out benchmarks/runtime_h200.csv [SECTION ...]`.
 """
@@ -132,6 +133,21 @@ def measure_step(rows: list[dict[str, object]], layers: int) -> None:
             print("   ", *kernel, flush=True)
 
 
+def measure_long(rows: list[dict[str, object]], layers: int) -> None:
+    """4096 generated tokens after 32K: time and memory at the beginning and at the end."""
+    runtime, tokens, steps = slice_of_model(layers, layers * 29 // 48), 1 << 15, 1 << 12
+    state = filled(runtime, 1, tokens, capacity=tokens + steps, graph=True)
+    first = time_steps(runtime, state, 252)
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(steps - 512):
+        runtime.advance(state, [True])
+    last = time_steps(runtime, state, 252)
+    grown = torch.cuda.memory_allocated() - before[0], torch.cuda.memory_reserved() - before[1]
+    row: dict[str, object] = {"section": "long", "layers": layers, "batch": 1, "tokens": state.cache.lengths[0], "us": last}
+    rows.append(row | {"first_us": first, "grown_bytes": grown[0], "grown_reserved_bytes": grown[1]})
+    print(rows[-1], flush=True)
+
+
 def small_kernels(T: int) -> dict[str, tuple[Callable[[str], object], int]]:
     """name -> (call with an impl, bytes that one call must move)."""
     device, kind = "cuda", torch.bfloat16
@@ -174,7 +190,7 @@ def measure_kernels(rows: list[dict[str, object]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sections", nargs="*", default=["kernels", "step"])
+    parser.add_argument("sections", nargs="*", default=["kernels", "step", "long"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -183,6 +199,8 @@ def main() -> None:
         measure_kernels(rows)
     if "step" in options.sections:
         measure_step(rows, options.layers)
+    if "long" in options.sections:
+        measure_long(rows, options.layers)
     write_csv(options.out, [{**versions(), **row} for row in rows])
 
 

@@ -275,3 +275,21 @@ def test_a_generation_is_frozen(runtime: Runtime) -> None:
     answer = runtime.generate("some prompt", max_new_tokens=1)[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
         answer.text = "other"  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_captured_generation_streams_and_stops_as_a_cpu_does(tmp_path: Path) -> None:
+    save(tmp_path, dense_below=20)
+    answers = []
+    for device in ("cpu", "cuda"):
+        pieces = dict.fromkeys(range(len(PROMPTS)), "")
+
+        def collect(index: int, text: str, pieces: dict[int, str] = pieces) -> None:
+            pieces[index] += text
+
+        found = load(tmp_path, device=device).generate(PROMPTS, max_new_tokens=60, stop=["e", "7"], on_text=collect)
+        assert all(pieces[i] == answer.text for i, answer in enumerate(found))
+        answers.append([(answer.token_ids, answer.text, answer.finish_reason, answer.decode_steps) for answer in found])
+    assert answers[0] == answers[1]
+    assert any(reason == "stop" for _, _, reason, _ in answers[0])
