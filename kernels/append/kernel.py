@@ -26,9 +26,11 @@ def _project(first_tE, second_tE, weight_ptr, E: tl.constexpr, E_PADDED: tl.cons
     first_RE = tl.load(weight_ptr + place_RE, mask=mask_RE, other=0.0)
     second_RE = tl.load(weight_ptr + place_RE + E, mask=mask_RE, other=0.0)
     if first_tE.shape[0] == 1:
-        return tl.sum(first_tE * first_RE + second_tE * second_RE, axis=1)[None, :]
-    out_tR = tl.dot(first_tE, tl.trans(first_RE), input_precision="ieee")
-    return tl.dot(second_tE, tl.trans(second_RE), out_tR, input_precision="ieee")
+        out_tR = tl.sum(first_tE * first_RE + second_tE * second_RE, axis=1)[None, :]
+    else:
+        out_tR = tl.dot(first_tE, tl.trans(first_RE), input_precision="ieee")
+        out_tR = tl.dot(second_tE, tl.trans(second_RE), out_tR, input_precision="ieee")
+    return out_tR
 
 
 @triton.jit
