@@ -125,19 +125,31 @@ _out = click.option("--out", required=True, type=click.Path(path_type=Path), hel
 @_resume
 @_revision
 @click.option("--keep-work", is_flag=True, help="Leave the work folder OUT.work behind.")
+@click.option("--engine", is_flag=True, help="Build a TensorRT engine into OUT-engine afterwards (see build-engine).")
 @_json
 @_recipe_options
-def convert(model: str, out: Path, resume: bool, revision: str | None, keep_work: bool, as_json: bool, **options: Any) -> None:
+def convert(
+    model: str, out: Path, resume: bool, revision: str | None, keep_work: bool, engine: bool, as_json: bool, **options: Any
+) -> None:
     """Convert MODEL (Hub id, folder or `demo`) into an artifact: calibrate, align, distil, package."""
     from rtpurbo.converter.convert import convert as run
     from rtpurbo.converter.progress import Progress
     from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest
 
     recipe = _recipe(model, options)
+    engine_out = out.with_name(out.name + "-engine")
+    if engine:
+        from rtpurbo.converter.package import refuse_existing
+        from rtpurbo.plugins.trt.build import BuildOptions, build, check_can_build
+
+        refuse_existing(engine_out)
+        check_can_build()
     with Progress() as report:
         if recipe.preset == "demo":
             report.note("preset demo: window, lengths and steps are scaled down for a CPU; it shows the path, not the paper's quality")
         run(model, out, recipe=recipe, resume=resume, revision=revision, keep_work=keep_work, report=report)
+        if engine:
+            build(out, engine_out, BuildOptions(), report)
     manifest = Manifest.load(out / MANIFEST_NAME)
     if as_json:
         click.echo(json.dumps({"out": str(out), "digest": manifest.to_dict()["digest"], "metrics": manifest.metrics}))
@@ -237,15 +249,20 @@ def generate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Generate from an ARTIFACT (folder or Hub id); prompts come from options, files or standard input."""
-    from rtpurbo.runtime.loader import load
+    """Generate from an ARTIFACT (folder or Hub id) or the folder of an engine; prompts come from options, files or standard input."""
+    from rtpurbo.plugins.trt.folder import is_engine_folder
 
     prompts = [*prompt, *(_decoded(path.read_bytes(), str(path)) for path in prompt_file)]
     if not prompts:
         if sys.stdin.isatty():
             click.echo("reading the prompt from standard input; end it with Ctrl-D", err=True)
         prompts = [_decoded(sys.stdin.buffer.read(), "standard input")]
-    runtime = load(artifact, device=device, dtype=dtype, roles=roles, revision=revision, top_p=selection_top_p)
+    if is_engine_folder(artifact):
+        runtime = _engine(artifact, device=device, dtype=dtype, roles=roles, revision=revision, selection_top_p=selection_top_p)
+    else:
+        from rtpurbo.runtime.loader import load
+
+        runtime = load(artifact, device=device, dtype=dtype, roles=roles, revision=revision, top_p=selection_top_p)
     streaming = stream and not as_json and len(prompts) == 1
     chat = chat and getattr(runtime.tokenizer, "chat_template", None) is not None
     on_text = (lambda _i, text: click.echo(text, nl=False)) if streaming else None
@@ -257,6 +274,42 @@ def generate(
     else:
         for i, answer in enumerate(answers):
             click.echo(answer.text if len(answers) == 1 else f"[{i}] {answer.text}")
+
+
+def _engine(folder: str | Path, **fixed: Any) -> Any:
+    """Load an engine; ValueError for an option that was decided when it was built."""
+    from rtpurbo.plugins.trt.run import load_engine
+
+    for name, value in fixed.items():
+        if value not in (None, "auto", "manifest"):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {folder} is an engine, which has this built in")
+    return load_engine(folder)
+
+
+@main.command("build-engine", short_help="Build a TensorRT engine of an artifact.")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@_out
+@click.option("--library", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default=None, help="TensorRT library  [the first installed]")
+@click.option("--capability", "capabilities", type=int, multiple=True, help="Compute capability of the kernels (may repeat)  [80 86 89 90]")
+@click.option("--dtype", default="auto", help="auto (as stored), float32, bfloat16 or float16.")
+@click.option("--batch", type=int, default=4, help="Sequences decoded together at most.")
+@click.option("--capacity", type=int, default=None, help="Tokens of a sequence at most  [max_position_embeddings]")
+@click.option("--prefill-chunk", type=int, default=8192, help="Prompt tokens processed at a time at most.")
+@click.option("--dense", is_flag=True, help="Full attention, for prompts below the manifest's dense_below.")
+@_json
+def build_engine(artifact: Path, out: Path, capabilities: tuple[int, ...], as_json: bool, **options: Any) -> None:
+    """Build a TensorRT engine of an ARTIFACT folder, with this project's kernels as plugins."""
+    from rtpurbo.converter.progress import Progress
+    from rtpurbo.plugins.trt.build import CAPABILITIES, BuildOptions, build
+
+    with Progress() as report:
+        info = build(artifact, out, BuildOptions(capabilities=capabilities or CAPABILITIES, **options), report)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **dataclasses.asdict(info)}))
+    else:
+        click.echo(
+            f"{out}: {info.library} {info.library_version}, {info.dtype}, {info.plan_bytes / 2**20:.0f} MiB, {info.build['seconds']} s"
+        )
 
 
 @main.command(short_help="Show roles, scores and cache sizes.")
@@ -279,14 +332,31 @@ def inspect(artifact: Path, plot_file: Path | None, as_json: bool) -> None:
 
 @main.command(short_help="Check an artifact, and sparse against dense.")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--tokens", "num_tokens", type=int, default=512, help="Length of the text on which sparse and dense are compared.")
+@click.option("--tokens", "num_tokens", type=int, default=512, help="Length of the text on which both forms are compared.")
+@click.option("--against", type=click.Path(path_type=Path), help="The artifact that an engine was built from.")
 @_loading
 @_json
-def verify(artifact: Path, num_tokens: int, device: str, dtype: str, as_json: bool) -> None:
-    """Check schema, digests and shapes of an ARTIFACT folder, and sparse against dense attention on a short text."""
-    from rtpurbo.runtime.verify import verify as run
+def verify(artifact: Path, num_tokens: int, against: Path | None, device: str, dtype: str, as_json: bool) -> None:
+    """Check schema, digests and shapes of an ARTIFACT folder, and sparse against dense attention on a short text.
 
-    report = run(artifact, device=device, dtype=dtype, num_tokens=num_tokens)
+    Given the folder of an engine: check it, and compare its logits with those of the artifact that --against names.
+    """
+    from rtpurbo.plugins.trt.folder import is_engine_folder
+
+    if is_engine_folder(artifact):
+        from rtpurbo.plugins.trt.verify import verify_engine
+
+        if against is None or (device, dtype) != ("auto", "auto"):
+            raise ValueError(
+                f"{artifact} is an engine: give the artifact that it was built from with --against, and neither --device nor --dtype"
+            )
+        report = verify_engine(artifact, against, num_tokens=num_tokens)
+    else:
+        from rtpurbo.runtime.verify import verify as run
+
+        if against is not None:
+            raise ValueError(f"--against {against}: {artifact} is not an engine")
+        report = run(artifact, device=device, dtype=dtype, num_tokens=num_tokens)
     click.echo(json.dumps(report) if as_json else "\n".join(f"{name}: {_shown(value)}" for name, value in report.items()))
 
 
@@ -327,27 +397,34 @@ def bench(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure an ARTIFACT (folder or Hub id): time to first token, time per token and memory, sparse beside dense.
+    """Measure an ARTIFACT (folder or Hub id) or an engine's folder: time to first token, time per token, memory, sparse beside dense.
 
     A length or batch size that exceeds the model's positions or the memory is skipped, with the reason in its row.
     """
+    from rtpurbo.plugins.trt.folder import is_engine_folder
     from rtpurbo.runtime import bench_report
     from rtpurbo.runtime.bench import Subject
     from rtpurbo.runtime.bench import bench as run
     from rtpurbo.runtime.bench_rows import BenchOptions
-    from rtpurbo.runtime.engine import PREFILL_CHUNK
-    from rtpurbo.runtime.loader import load
 
     asked = BenchOptions(**options)
     bench_report.check_outputs(csv_file, plot_file)
-    runtime = load(artifact, device=device, dtype=dtype, revision=revision)
-    subject = Subject(
-        runtime=runtime,
-        config=runtime.model.config.to_dict(),
-        dtype=runtime.model.dtype,
-        chunk=PREFILL_CHUNK[runtime.device.type],
-        form="safetensors",
-    )
+    if is_engine_folder(artifact):
+        from rtpurbo.plugins.trt.run import bench_subject
+
+        subject = bench_subject(_engine(artifact, device=device, dtype=dtype, revision=revision))
+    else:
+        from rtpurbo.runtime.engine import PREFILL_CHUNK
+        from rtpurbo.runtime.loader import load
+
+        runtime = load(artifact, device=device, dtype=dtype, revision=revision)
+        subject = Subject(
+            runtime=runtime,
+            config=runtime.model.config.to_dict(),
+            dtype=runtime.model.dtype,
+            chunk=PREFILL_CHUNK[runtime.device.type],
+            form="safetensors",
+        )
     rows = run(subject, asked, on_row=lambda row: click.echo(bench_report.line(row), err=True))
     if csv_file is not None:
         bench_report.write_csv(rows, csv_file)

@@ -14,6 +14,7 @@ from rtpurbo.plugins.trt.folder import CUBINS_NAME, PLAN_NAME, EngineInfo, check
 from rtpurbo.plugins.trt.library import load_library
 from rtpurbo.plugins.trt.nodes import DECODE, PREFILL
 from rtpurbo.plugins.trt.plugins import Session, registered
+from rtpurbo.runtime.bench import Subject
 from rtpurbo.runtime.cache import require_memory
 from rtpurbo.runtime.engine import Runtime
 from rtpurbo.runtime.loader import load_tokenizer
@@ -29,7 +30,7 @@ class EngineRuntime(Runtime):
     def __init__(self, folder: Path, info: EngineInfo, manifest: Manifest, executions: dict[int, Execution]) -> None:
         self.info, self.manifest, self.device = info, manifest, torch.device("cuda", torch.cuda.current_device())
         self.tokenizer = load_tokenizer(folder)
-        self._folder, self._executions = folder, executions
+        self.folder, self._executions = folder, executions
 
     @property
     def vocab_size(self) -> int:
@@ -39,7 +40,7 @@ class EngineRuntime(Runtime):
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence: the generation config's and the tokenizer's."""
-        path = self._folder / "generation_config.json"
+        path = self.folder / "generation_config.json"
         configured = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in (*ids, getattr(self.tokenizer, "eos_token_id", None)) if i is not None)
@@ -52,10 +53,10 @@ class EngineRuntime(Runtime):
         info = self.info
         if dense != info.dense:
             built, asked = ("dense", "sparse") if info.dense else ("sparse", "dense")
-            raise ValueError(f"{self._folder}: built for {built} attention, but {asked} attention is wanted: it takes an engine of its own")
+            raise ValueError(f"{self.folder}: built for {built} attention, but {asked} attention is wanted: it takes an engine of its own")
         if batch < 1 or batch > info.batch or capacity < 1 or capacity > info.capacity:
             raise ValueError(
-                f"{self._folder}: {batch} sequences of {capacity} tokens, but the engine's profiles hold at most {info.batch} of "
+                f"{self.folder}: {batch} sequences of {capacity} tokens, but the engine's profiles hold at most {info.batch} of "
                 f"{info.capacity}"
             )
         cache = EngineCache(info, batch, capacity, self.device)
@@ -124,6 +125,14 @@ class EngineRuntime(Runtime):
         self._executions[DECODE].run(inputs, cache.tensors, cache.logits_BV)
         cache.lengths_B.add_(state.active_B)
         return cache.logits_BV
+
+
+def bench_subject(runtime: EngineRuntime) -> Subject:
+    """An engine as `rtpurbo bench` measures it."""
+    info = runtime.info
+    config = json.loads((runtime.folder / "config.json").read_text(encoding="utf-8"))
+    form = f"{info.library} {info.library_version}"
+    return Subject(runtime=runtime, config=config, dtype=getattr(torch, info.dtype), chunk=info.prefill_chunk, form=form)
 
 
 def load_engine(folder: str | Path, *, library: str | None = None) -> EngineRuntime:

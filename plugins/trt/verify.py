@@ -1,0 +1,79 @@
+"""Verify an engine: its folder, and its logits against the safetensors form of the same artifact, token for token."""
+
+# B batch  V vocabulary
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest
+from rtpurbo.plugins.trt.folder import read_info
+from rtpurbo.plugins.trt.run import load_engine
+from rtpurbo.runtime.engine import Runtime
+from rtpurbo.runtime.loader import load
+from rtpurbo.runtime.verify import CHUNK, DENSE_TOLERANCE, sample_tokens
+
+
+def verify_engine(folder: Path, artifact: Path, *, num_tokens: int = 512) -> dict[str, Any]:
+    """Compare an engine with the runtime on the artifact that it was built from.
+
+    Two sequences of different lengths, num_tokens and a third of it (cut to the engine's capacity): the prompts are prefilled in
+    odd chunks, then the last eighth of each is given to decode steps token by token, so that one wrong token cannot hide the next.
+
+    Returns a JSON-ready report: `relative_error`, the largest over tokens of |engine - runtime| / |runtime| (Euclidean norms of
+    logits), with its tolerance and the largest absolute error; `argmax_agreement`; `argmax_differences`: tokens whose argmax differs
+    although the runtime's two largest logits are further apart than twice the largest absolute error, which rounding cannot explain.
+    Raises ValueError when the folder is not sound (see load_engine), the artifact is another one, the tolerance is exceeded, or an
+    argmax differs beyond rounding. The selection itself is not an output of an engine: it is checked node by node in the tests.
+    """
+    if num_tokens < 64:
+        raise ValueError(f"num_tokens is {num_tokens}, wanted at least 64")
+    info = read_info(folder)
+    found = Manifest.load(artifact / MANIFEST_NAME).to_dict()["digest"]
+    if found != info.manifest_digest:
+        raise ValueError(f"{artifact / MANIFEST_NAME}: digest is {found}, but the engine was built from {info.manifest_digest}")
+    engine = load_engine(folder)
+    runtime = load(artifact, device="cuda", dtype=info.dtype)
+    tokens = sample_tokens(runtime, min(num_tokens, info.capacity))
+    sequences = [tokens, tokens[-len(tokens) // 3 :]] if info.batch > 1 else [tokens]
+    got, want = (teacher_forced_logits(form, sequences, dense=info.dense) for form in (engine, runtime))
+    relative = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf"))
+    largest, tolerance = float(relative.max()), DENSE_TOLERANCE[getattr(torch, info.dtype)]
+    report = {
+        "engine": folder.name,
+        "library": f"{info.library} {info.library_version}",
+        "dtype": info.dtype,
+        "sequences": [len(sequence) for sequence in sequences],
+        "compared_tokens": relative.numel(),
+        "relative_error": largest,
+        "tolerance": tolerance,
+        "max_abs_error": float((got - want).abs().max()),
+        **argmax_report(got, want),
+    }
+    if largest > tolerance:
+        raise ValueError(f"{folder}: the logits differ from the runtime's by a relative {largest:.3g}, wanted at most {tolerance}")
+    if report["argmax_differences"]:
+        raise ValueError(f"{folder}: the most likely token differs {report['argmax_differences']} times beyond what rounding explains")
+    return report
+
+
+def teacher_forced_logits(form: Runtime, sequences: list[list[int]], *, dense: bool) -> torch.Tensor:
+    """Logits fp32 [steps, B, V] on the CPU: after the prompts, and after every further token, given to all sequences together."""
+    steps = max(1, min(map(len, sequences)) // 8)
+    prompts = [sequence[: len(sequence) - steps] for sequence in sequences]
+    width = max(map(len, prompts))
+    ids_BT = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+    mask_BT = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts])
+    state = form.start(len(sequences), max(map(len, sequences)), dense)
+    logits = [form.prefill(state, ids_BT, mask_BT, chunk=CHUNK)]
+    for step in range(steps):
+        logits.append(form.decode(state, torch.tensor([s[len(p) + step] for s, p in zip(sequences, prompts, strict=True)])))
+    return torch.stack(logits).float().cpu()
+
+
+def argmax_report(got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
+    """Share of equal argmax, and how many differences are further apart in `want` than twice the largest error."""
+    top = want.topk(2, dim=-1).values
+    clear = (top[..., 0] - top[..., 1]) > 2 * (got - want).abs().max()
+    equal = got.argmax(dim=-1) == want.argmax(dim=-1)
+    return {"argmax_agreement": float(equal.double().mean()), "argmax_differences": int((clear & ~equal).sum())}

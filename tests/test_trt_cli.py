@@ -1,0 +1,82 @@
+"""The commands that build and take engines: what they print, and one sentence with exit code 2 where they cannot."""
+
+import json
+
+import eager_model as eager
+import pytest
+import torch
+from click.testing import CliRunner
+
+from rtpurbo.cli import main
+from rtpurbo.plugins.trt import library
+from rtpurbo.plugins.trt.verify import argmax_report
+
+pytestmark = pytest.mark.trt
+pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'rtpurbo[trt-rtx]'")
+pytest.importorskip("triton")
+
+
+def refused(*arguments) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output
+    assert len(result.output.strip().splitlines()) == 1, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    artifact, engine = folder / "artifact", folder / "engine"
+    config = eager.tiny_config("llama", heads=4, groups=2, head_dim=64, layers=2)
+    eager.save_artifact(artifact, config, [[0], []], key_dtype="bfloat16", index_dim=16, sliding_window=60)
+    options = ["--library", "tensorrt-rtx", "--capability", "80", "--dtype", "bfloat16", "--capacity", "512", "--prefill-chunk", "128"]
+    result = CliRunner().invoke(main, ["build-engine", str(artifact), "--out", str(engine), *options, "--json"])
+    assert result.exit_code == 0, result.output
+    described = json.loads(result.stdout.strip().splitlines()[-1])
+    assert (described["library_version"], described["capacity"], described["capabilities"]) == ("1.6.1.120", 512, [80])
+    assert described["build"]["peak_bytes"] > 0
+    return artifact, engine
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("command", [("generate", "-p", "x"), ("bench", "--tokens", "64"), ("verify", "--against")])
+def test_commands_that_run_an_engine_say_that_there_is_no_gpu(folders, command):
+    artifact, engine = folders
+    more = [artifact] if command[-1] == "--against" else []
+    assert "runs on an NVIDIA GPU" in refused(command[0], engine, *command[1:], *more)
+
+
+def test_an_engine_takes_no_options_that_were_decided_at_its_build(folders):
+    assert "has this built in" in refused("generate", folders[1], "-p", "x", "--selection-top-p", "0.5")
+    assert "has this built in" in refused("bench", folders[1], "--dtype", "float16")
+    assert "it takes --against" in refused("verify", folders[1])
+    assert "is not an engine" in refused("verify", folders[0], "--against", folders[0])
+
+
+def test_verify_refuses_the_artifact_of_another_engine(folders, tmp_path):
+    config = eager.tiny_config("llama", heads=4, groups=2, head_dim=64, layers=2)
+    eager.save_artifact(tmp_path / "other", config, [[1], []], key_dtype="bfloat16", index_dim=16, sliding_window=60)
+    assert "but the engine was built from" in refused("verify", folders[1], "--against", tmp_path / "other")
+
+
+def test_an_unknown_capability_and_an_existing_output_are_refused(folders, tmp_path):
+    artifact, engine = folders
+    assert "capabilities are [120]" in refused("build-engine", artifact, "--out", tmp_path / "new", "--capability", "120")
+    assert "exists already" in refused("build-engine", artifact, "--out", engine)
+
+
+def test_convert_checks_that_an_engine_can_be_built_before_it_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "MODULES", {"tensorrt": "no_such_tensorrt", "tensorrt-rtx": "no_such_tensorrt_rtx"})
+    # The model does not exist: a conversion that had begun would say so.
+    assert "no TensorRT: install" in refused("convert", "no/such-model", "--out", tmp_path / "out", "--engine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_differences_of_the_most_likely_token_count_only_beyond_rounding():
+    want = torch.tensor([[[3.0, 1.0, 0.0]], [[2.0, 1.9, 0.0]], [[0.0, 0.0, 5.0]]])
+    got = torch.tensor([[[3.2, 1.0, 0.0]], [[1.9, 2.0, 0.0]], [[0.0, 0.0, 5.0]]])
+    assert argmax_report(got, want) == {"argmax_agreement": pytest.approx(2 / 3), "argmax_differences": 0}
+    got[2, 0] = torch.tensor([0.0, 5.0, 4.9])
+    assert argmax_report(got, want)["argmax_differences"] == 0  # now the largest error is 5
+    assert argmax_report(torch.tensor([[[2.9, 3.0]]]), torch.tensor([[[3.5, 3.0]]]))["argmax_differences"] == 0
+    assert argmax_report(torch.tensor([[[3.0, 3.1]]]), torch.tensor([[[3.05, 3.0]]]))["argmax_differences"] == 0
