@@ -49,7 +49,7 @@ def test_commands_that_run_an_engine_say_that_there_is_no_gpu(folders, command):
 def test_an_engine_takes_no_options_that_were_decided_at_its_build(folders):
     assert "has this built in" in refused("generate", folders[1], "-p", "x", "--selection-top-p", "0.5")
     assert "has this built in" in refused("bench", folders[1], "--dtype", "float16")
-    assert "it takes --against" in refused("verify", folders[1])
+    assert "give the artifact that it was built from with --against" in refused("verify", folders[1])
     assert "is not an engine" in refused("verify", folders[0], "--against", folders[0])
 
 
