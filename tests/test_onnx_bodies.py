@@ -15,6 +15,7 @@ from rtpurbo.kernels.block_scores.reference import block_scores
 from rtpurbo.kernels.block_selection.reference import mask_to_ids, select_blocks
 from rtpurbo.kernels.experts.reference import mix_experts
 from rtpurbo.kernels.local_attention.reference import attend_local, masked_attention
+from rtpurbo.kernels.router.reference import route_tokens
 from rtpurbo.plugins.trt.nodes import DECODE, NODES, PREFILL
 
 # Large and finite, as the nodes' contract says of unwritten places: any use of it shows.
@@ -194,6 +195,16 @@ def test_attend_retained_decodes_over_the_listed_blocks_and_ignores_ids_beyond_t
     want = retained_want(feeds, selected_BJN, 16)
     torch.testing.assert_close(out[:3], want[:3], atol=2e-5, rtol=1e-5)
     assert (out[:3] - retained_want(feeds)[:3]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("normalize", [0, 1])
+@pytest.mark.parametrize("rows", [1, 13])
+def test_route_takes_the_best_experts_and_the_lowest_id_among_equals(random: torch.Generator, rows: int, normalize: int) -> None:
+    logits = torch.randint(-3, 3, (rows, 11), generator=random).float()
+    ids, weights = run(node_model("Route", {"num_chosen": 4, "normalize": normalize}, {"": {"E": 11, "X": 4}}), {"logits": logits})
+    want_ids, want_weights = route_tokens(logits, 4, bool(normalize))
+    assert torch.equal(ids, want_ids)
+    torch.testing.assert_close(weights, want_weights)
 
 
 @pytest.mark.parametrize("rows", [1, 13])

@@ -6,6 +6,7 @@ import torch
 
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.experts.reference import mix_experts
+from rtpurbo.kernels.router.reference import route_tokens
 from rtpurbo.plugins.trt.nodes import DECODE, NODES, PREFILL
 
 pytestmark = pytest.mark.trt
@@ -26,6 +27,7 @@ CASES = {
         node="AttendRetained", attributes={**MASK, "retrieval_counts": [3, 1], "block": 64}, sizes={"H": 6, "K": 2, "D": 64, "J": 4}
     ),
     "AttendCausal": NodeCase(node="AttendCausal", attributes={**MASK, "retrieval_counts": [2, 1]}, sizes={"H": 4, "K": 2, "D": 128}),
+    "Route": NodeCase(node="Route", attributes={"num_chosen": 8, "normalize": 1}, sizes={"E": 128, "X": 8}),
     "Experts": NodeCase(node="Experts", attributes={}, sizes={"C": 256, "F": 128, "G": 256, "E": 16, "X": 4}),
 }
 
@@ -227,6 +229,15 @@ def test_attend_retained_in_decode_reads_the_selected_blocks_only(engine_of, gra
         for head in range(6):
             seen = local if head not in rows else (lambda i, j, b=b, head=head: chosen[b, rows[head]][j // 64])
             assert h.error(out, b, head, head // 3, seen) < 1
+
+
+@pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_gpu) for tokens in (1, 3, 64, 65, 2048)])
+def test_route_in_an_engine_takes_the_lowest_id_among_equal_logits(engine_of, tokens):
+    logits = torch.randint(-8, 8, (tokens, 128), generator=torch.Generator("cuda").manual_seed(tokens), device="cuda").bfloat16()
+    ids, weights = engine_of("Route").run(logits)
+    wanted_ids, wanted = route_tokens(logits, 8, True)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(weights, wanted, atol=0, rtol=2**-7)
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_gpu) for tokens in (1, 3, 5, 33, 300, 2048)])

@@ -13,6 +13,8 @@ from triton.language.extra import cuda
 
 from rtpurbo.kernels.launch import Launch
 
+FEW_TOKENS = 64  # Up to here a program takes one token.
+
 
 def route_tokens(
     logits_TE: torch.Tensor,
@@ -23,19 +25,27 @@ def route_tokens(
     run: Callable[[Launch], None] = Launch.run,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See rtpurbo.kernels.router.route_tokens; early_launch overlaps the launch with the end of the one before it."""
-    T, E = logits_TE.shape
+    T = logits_TE.shape[0]
     ids_TX = torch.empty(T, num_chosen, dtype=torch.int32, device=logits_TE.device)
     weights_TX = torch.empty(T, num_chosen, dtype=logits_TE.dtype, device=logits_TE.device)
-    rows = 1 if T <= 64 else 8
-    run(Launch(
+    run(describe(logits_TE, ids_TX, weights_TX, normalize, early_launch=early_launch))
+    return ids_TX, weights_TX
+
+
+def describe(
+    logits_TE: torch.Tensor, ids_TX: torch.Tensor, weights_TX: torch.Tensor, normalize: bool, *, early_launch: bool = False
+) -> Launch:
+    """The launch that fills ids and weights, both contiguous."""
+    (T, E), num_chosen = logits_TE.shape, ids_TX.shape[1]
+    rows = 1 if T <= FEW_TOKENS else 8
+    return Launch(
         kernel=route_rows, grid=(triton.cdiv(T, rows),), arguments=(logits_TE, ids_TX, weights_TX, T, E, logits_TE.stride(0)),
         constants={
             "X": num_chosen, "X_PADDED": triton.next_power_of_2(num_chosen), "E_PADDED": triton.next_power_of_2(E), "ROWS": rows,
             "NORMALIZE": normalize, "EARLY_LAUNCH": early_launch,
         },
         num_warps=1 if rows == 1 else 4, early_launch=early_launch,
-    ))  # fmt: skip
-    return ids_TX, weights_TX
+    )  # fmt: skip
 
 
 @triton.jit

@@ -99,6 +99,16 @@ def _select_blocks(g: Graph) -> tuple[str, ...]:
     return tuple(g.ops("If", [is_decode(g)], 2, branches))
 
 
+def _route(g: Graph) -> tuple[str, ...]:
+    """Chosen by logit and not by probability, which may round two logits to one; TopK takes the lowest id among equals."""
+    logits = g.float32("logits")
+    ids = g.ops("TopK", [logits, g.axes(g.attribute("num_chosen", "int"), 0)], 2, {"axis": 1})[1]
+    weights = g.op("GatherElements", g.op("Softmax", logits, attributes={"axis": 1}), ids, attributes={"axis": 1})
+    normalize = g.op("Equal", g.attribute("normalize", "int"), g.integer(1))
+    total = g.op("Where", normalize, g.reduce("Sum", weights, 1), g.real(1.0))
+    return g.cast(ids, TensorProto.INT32), g.op("CastLike", g.op("Div", weights, total), "logits")
+
+
 def _experts(g: Graph) -> tuple[str, ...]:
     """Every expert for every row, then the weighted sum."""
     h_EMG = g.op("MatMul", g.axes("x", 0), g.transpose("gate_up", 0, 2, 1))
@@ -120,6 +130,7 @@ _BODIES: dict[str, Callable[[Graph], tuple[str, ...]]] = {
     "SelectBlocks": _select_blocks,
     "AttendRetained": _attend_retained,
     "AttendCausal": _attend_causal,
+    "Route": _route,
     "Experts": _experts,
 }
 

@@ -125,19 +125,17 @@ class Decoder:
         return self.linear(g.op("Mul", silu, up), f"{prefix}down_proj")
 
     def _experts(self, index: int, prefix: str, x_MC: str) -> str:
-        g, config = self.g, self.config
+        config = self.config
         experts = self.weights.shape(f"{prefix}gate.weight")[0]
-        probabilities = g.op("Softmax", g.float32(self.linear(x_MC, f"{prefix}gate")), attributes={"axis": -1})
-        top, ids = g.ops("TopK", [probabilities, g.integers(config["num_experts_per_tok"])], 2, {"axis": -1})
-        if config.get("norm_topk_prob", False):
-            top = g.op("Div", top, g.reduce("Sum", top, -1))
+        routing = {"num_chosen": config["num_experts_per_tok"], "normalize": int(config.get("norm_topk_prob", False))}
+        ids, weights = self.custom("Route", [self.linear(x_MC, f"{prefix}gate")], routing, f"layers.{index}.route.")
         gate_up = [f"{prefix}experts.{e}.{part}_proj.weight" for e in range(experts) for part in ("gate", "up")]
         down = [f"{prefix}experts.{e}.down_proj.weight" for e in range(experts)]
         stacks = [
             self.weights.stack(f"{prefix}experts.gate_up_proj", gate_up, experts),
             self.weights.stack(f"{prefix}experts.down_proj", down, experts),
         ]
-        return self.custom("Experts", [x_MC, g.cast(ids, TensorProto.INT32), g.cast(top, self.dtype), *stacks], {}, f"layers.{index}.")[0]
+        return self.custom("Experts", [x_MC, ids, weights, *stacks], {}, f"layers.{index}.")[0]
 
     def _joined_linear(self, x_MC: str, prefix: str, name: str, parts: tuple[str, ...]) -> str:
         """Several projections of one input side by side: one product where their weights lie below each other on disk."""

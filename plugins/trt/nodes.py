@@ -148,6 +148,16 @@ NODES = {
             scale="float",
         ),
         _node(
+            "Route",
+            """The num_chosen experts of highest router logit, best first and the lowest id first among equals, and their softmax weights
+            (fp32 inside), over the chosen ones' sum if normalize is 1. X = num_chosen.""",
+            "logits:model:ME",
+            "ids:int32:MX weights:model:MX",
+            {},
+            num_chosen="int",
+            normalize="int",
+        ),
+        _node(
             "Experts",
             """y_m = sum_x weights[m, x] * down_e (silu(gate_e x_m) * (up_e x_m)), e = ids[m, x]; gate_up[e] holds the F rows of gate_e,
             then those of up_e. Rows of padding are computed like any other.""",

@@ -26,6 +26,7 @@ from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
 from rtpurbo.kernels.local_attention.tiles import UNBOUNDED
 from rtpurbo.kernels.prefill_layer import runs_of
+from rtpurbo.kernels.router import kernel as router_kernel
 from rtpurbo.kernels.sparse_attention import kernel as decode_kernel
 from rtpurbo.kernels.sparse_attention import plan_attention
 from rtpurbo.plugins.trt.memory import tensor_at
@@ -168,6 +169,10 @@ def _attend_retained(attributes: Attributes, plan: RetainedPlan | None, inputs: 
                 run(_prefill(q_BTKGD[place], k[:, :, groups], v[:, :, groups], lengths, counts, out_BTKGD[place], attributes, dense=dense))
 
 
+def _route(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, run: Run) -> None:
+    run(router_kernel.describe(inputs[0], outputs[0], outputs[1], bool(attributes["normalize"])))
+
+
 def _experts(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, run: Run) -> None:
     x, ids, weights, gate_up, down = inputs
     if x.shape[0] <= FEW_TOKENS:
@@ -185,6 +190,7 @@ OPERATORS = {
     "SelectBlocks": Operator(plan=_plan_selection, launch=_select_blocks),
     "AttendRetained": Operator(plan=lambda a, shapes, device: _plan_retained(a, shapes, device, selects=True), launch=_attend_retained),
     "AttendCausal": Operator(plan=lambda a, shapes, device: _plan_retained(a, shapes, device, selects=False), launch=_attend_retained),
+    "Route": Operator(plan=_no_plan, launch=_route),
     "Experts": Operator(plan=_no_plan, launch=_experts),
 }
 
@@ -236,8 +242,9 @@ def launches(name: str, attributes: Attributes, inputs: Ports, outputs: Ports) -
 
 
 def port_shapes(node: Node, attributes: Attributes, sizes: Mapping[str, int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Shapes of a node's inputs and outputs from the size of every axis; N follows from S."""
-    full = {**sizes, "N": -(-sizes["S"] // attributes["block"])} if "block" in attributes else sizes
+    """Shapes of a node's inputs and outputs from the size of every axis; N follows from S, and X of a router is its own."""
+    full = {**sizes, "N": -(-sizes["S"] // attributes["block"])} if "block" in attributes else dict(sizes)
+    full["X"] = attributes.get("num_chosen", full.get("X", 0))
     inputs, outputs = ([tuple(full[axis] for axis in port.axes) for port in ports] for ports in (node.inputs, node.outputs))
     return inputs, outputs
 
@@ -257,8 +264,10 @@ def probes(node: Node, largest: Mapping[str, int]) -> Iterator[dict[str, int]]:
         bounds = [largest["S"] >> bits for bits in range(11)] if node.name == "SelectBlocks" else [largest["S"]]
         choices["S"] = sorted({size for bound in bounds if bound for size in (bound, bound + 1)})
     if "M" in axes:
-        X, E = largest["X"], largest["E"]
-        edges = (FEW_TOKENS, SORTED_PAIRS // X, *(rows * E // X for rows in TILE_ROWS), largest["M"])
+        edges = (1, router_kernel.FEW_TOKENS, largest["M"])
+        if node.name == "Experts":
+            X, E = largest["X"], largest["E"]
+            edges = (FEW_TOKENS, SORTED_PAIRS // X, *(rows * E // X for rows in TILE_ROWS), largest["M"])
         near = {edge + step for edge in edges for step in (-1, 0, 1, 2)}
         choices["M"] = sorted(size for size in near if 1 <= size <= largest["M"] + 1)
     if "P" in axes:

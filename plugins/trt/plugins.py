@@ -191,6 +191,8 @@ def _plugin_class(trt: Any) -> type:
             if "block" in self.part.attributes:
                 block = builder.constant(self.part.attributes["block"])
                 axes["N"] = builder.operation(trt.DimensionOperation.CEIL_DIV, axes["S"], block)
+            if "num_chosen" in self.part.attributes:
+                axes["X"] = builder.constant(self.part.attributes["num_chosen"])
             return [trt.DimsExprs([axes[axis] for axis in port.axes]) for port in node.outputs]
 
         def supports_format_combination(self, position: int, described: Any, num_inputs: int) -> bool:
