@@ -37,38 +37,48 @@ def verify_engine(folder: Path, artifact: Path, *, num_tokens: int = 512) -> dic
     tokens = sample_tokens(runtime, min(num_tokens, info.capacity))
     sequences = [tokens, tokens[-len(tokens) // 3 :]] if info.batch > 1 else [tokens]
     got, want = (teacher_forced_logits(form, sequences, dense=info.dense) for form in (engine, runtime))
-    relative = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf"))
-    largest, tolerance = float(relative.max()), DENSE_TOLERANCE[getattr(torch, info.dtype)]
+    tolerance = DENSE_TOLERANCE[getattr(torch, info.dtype)]
     report = {
         "engine": folder.name,
         "library": f"{info.library} {info.library_version}",
         "dtype": info.dtype,
         "sequences": [len(sequence) for sequence in sequences],
-        "compared_tokens": relative.numel(),
-        "relative_error": largest,
         "tolerance": tolerance,
-        "max_abs_error": float((got - want).abs().max()),
-        **argmax_report(got, want),
+        **compare_logits(got, want),
     }
-    if largest > tolerance:
-        raise ValueError(f"{folder}: the logits differ from the runtime's by a relative {largest:.3g}, wanted at most {tolerance}")
+    if report["relative_error"] > tolerance:
+        raise ValueError(
+            f"{folder}: the logits differ from the runtime's by a relative {report['relative_error']:.3g}, wanted at most {tolerance}"
+        )
     if report["argmax_differences"]:
         raise ValueError(f"{folder}: the most likely token differs {report['argmax_differences']} times beyond what rounding explains")
     return report
 
 
-def teacher_forced_logits(form: Runtime, sequences: list[list[int]], *, dense: bool) -> torch.Tensor:
-    """Logits fp32 [steps, B, V] on the CPU: after the prompts, and after every further token, given to all sequences together."""
-    steps = max(1, min(map(len, sequences)) // 8)
+def teacher_forced_logits(
+    form: Runtime, sequences: list[list[int]], *, dense: bool, steps: int | None = None, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Logits fp32 [1 + steps, B, V] on the CPU: after the prompts, and after every further token, given to all sequences together.
+
+    The last `steps` tokens of each sequence (default: an eighth of the shortest) go to decode steps, those before to prefill.
+    """
+    steps = max(1, min(map(len, sequences)) // 8) if steps is None else steps
     prompts = [sequence[: len(sequence) - steps] for sequence in sequences]
     width = max(map(len, prompts))
     ids_BT = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     mask_BT = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts])
     state = form.start(len(sequences), max(map(len, sequences)), dense)
-    logits = [form.prefill(state, ids_BT, mask_BT, chunk=CHUNK)]
+    logits = [form.prefill(state, ids_BT, mask_BT, chunk=chunk)]
     for step in range(steps):
         logits.append(form.decode(state, torch.tensor([s[len(p) + step] for s, p in zip(sequences, prompts, strict=True)])))
     return torch.stack(logits).float().cpu()
+
+
+def compare_logits(got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
+    """Errors of `got` [steps, B, V] against `want`, as `verify_engine` reports them."""
+    relative = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf"))
+    errors = {"relative_error": float(relative.max()), "median_relative_error": float(relative.median())}
+    return {"compared_tokens": relative.numel(), **errors, "max_abs_error": float((got - want).abs().max()), **argmax_report(got, want)}
 
 
 def argmax_report(got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
