@@ -211,6 +211,12 @@ def test_an_interpreted_chunk_without_ring_sees_only_itself(interpreter_errors):
     assert interpreter_errors["no ring, offset"] < 1e-5
 
 
+@pytest.mark.parametrize("window", [1, 100, 128, 300, 1000])
+@pytest.mark.parametrize("sinks", [0, 4, 200])
+def test_the_block_lists_of_flash_attention_4_cover_the_mask_and_no_more(interpreter_errors, window, sinks):
+    assert interpreter_errors[f"lists {window} {sinks}"] == 0
+
+
 def test_an_unknown_implementation_is_refused_by_name():
     x = torch.zeros(1, 4, 1, 64)
     with pytest.raises(ValueError, match="impl 'cuda' is not one of auto, reference, triton, gluon"):
@@ -222,6 +228,8 @@ def test_a_requested_kernel_that_cannot_run_says_why():
     x = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="impl 'triton' cannot run: it needs all tensors on one NVIDIA GPU, found cpu"):
         attend_local(x, x, x, window=2, sinks=0, scale=1.0, impl="triton")
+    with pytest.raises(ValueError, match="impl 'fa4' cannot run"):
+        attend_local(x, x, x, window=2, sinks=0, scale=1.0, impl="fa4")
     with pytest.raises(ValueError, match=r"wanted all torch.float16 or torch.bfloat16"):
         attend_local(x.float(), x.float(), x.float(), window=2, sinks=0, scale=1.0, impl="gluon")
 
@@ -355,6 +363,29 @@ def interpreted_chunk_without_ring() -> float:
     return (out - wanted).norm().item()
 
 
+def wrong_blocks(window: int, sinks: int) -> int:
+    """How many (query block, key block) pairs `list_blocks` puts in the wrong list, at even and odd offsets and a ragged end."""
+    from rtpurbo.kernels.local_attention.fa4 import list_blocks
+
+    lengths, counts, T = (0, 0, 256, 777, 1300), (700, 130, 700, 333, 0), 700
+    S = max(lengths) + T
+    lists = list_blocks(*(torch.tensor(x, dtype=torch.int32) for x in (lengths, counts)), T, S, window, sinks)
+    wrong = 0
+    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        for m in range(-(-T // 128)):
+            i = length + torch.arange(m * 128, max(m * 128, min((m + 1) * 128, count)))[:, None]
+            j = torch.arange(-(-S // 128) * 128)
+            seen = ((j <= i) & ((i - j < window) | (j < sinks))).unflatten(1, (-1, 128))
+            some = set(seen.any(2).any(0).nonzero().flatten().tolist())
+            masked, full = (ids[b, 0, m, : counts_M[b, 0, m]].tolist() for counts_M, ids in (lists[:2], lists[2:]))
+            wrong += len(set(masked + full) ^ some) + (len(masked + full) - len(set(masked + full)))
+            wrong += sum(not seen[:, n].all() for n in full)
+            # A block seen whole may be listed as seen in part, but the bulk must not be: it would pay for its mask.
+            wrong += max(0, len(masked) - 6 - -(-sinks // 128))
+    return wrong
+
+
 if __name__ == "__main__":
     errors = {name: largest_error(case, "interpreter", torch.float32, "cpu") for name, case in SMALL.items()}
-    json.dump({**errors, "no ring, offset": interpreted_chunk_without_ring()}, sys.stdout)
+    lists = {f"lists {window} {sinks}": wrong_blocks(window, sinks) for window in (1, 100, 128, 300, 1000) for sinks in (0, 4, 200)}
+    json.dump({**errors, **lists, "no ring, offset": interpreted_chunk_without_ring()}, sys.stdout)

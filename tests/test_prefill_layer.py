@@ -171,6 +171,17 @@ def test_the_layer_never_waits_for_the_gpu(pattern):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("pattern", ["dense", "topp"])
+def test_a_prompt_in_one_chunk_needs_neither_rings_nor_cache(pattern):
+    case = dataclasses.replace(CASES["every group retained, two runs"], lengths=(0, 0), counts=(60, 41), K=4)
+    arguments, _, _ = build(case, torch.float32, "cpu")
+    wanted = prefill_layer(**arguments, pattern=pattern)
+    nothing = {"k_BSKD": None, "v_BSKD": None, "ring_k_BWKD": None, "ring_v_BWKD": None}
+    out = prefill_layer(**{**arguments, **nothing}, pattern=pattern, from_start=True)
+    assert torch.isfinite(out).all()
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)
+
+
 def test_what_does_not_fit_is_named():
     arguments, _, _ = build(CASES["one retained group"], torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"retrieval_counts \(5,\), wanted at most 2 numbers from 1 to 4"):

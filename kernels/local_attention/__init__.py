@@ -5,12 +5,12 @@ import importlib.util
 
 import torch
 
-from rtpurbo.kernels.local_attention import reference
+from rtpurbo.kernels.local_attention import crossover, reference
 from rtpurbo.kernels.local_attention.reference import ring_positions
 
-__all__ = ["attend_local", "choose_impl", "obstacle_of", "ring_positions", "write_ring"]
+__all__ = ["attend_local", "choose_impl", "head_axis", "obstacle_of", "ring_positions", "write_ring"]
 
-IMPLEMENTATIONS = ("reference", "triton", "gluon")
+IMPLEMENTATIONS = ("reference", "triton", "gluon", "fa4")
 
 
 def attend_local(
@@ -70,7 +70,9 @@ def attend_local(
         raise ValueError("attend_local: a cache by position and a ring exclude each other")
     if out is not None and (out.shape != q_BTHD.shape or out.dtype != q_BTHD.dtype or out.stride(-1) != 1):
         raise ValueError(f"attend_local: out {tuple(out.shape)} {out.dtype} does not fit q {tuple(q_BTHD.shape)} {q_BTHD.dtype}")
-    chosen = choose_impl(q_BTHD, k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD, scale=scale, impl=impl)
+    positions = by_position or lengths_B is None
+    chosen = choose_impl(q_BTKGD, k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD, scale=scale, positions=positions, impl=impl)
+    start_B = lengths_B
     if lengths_B is None:
         if ring_k_BWKD is not None or by_position:
             raise ValueError("attend_local: a ring or a cache by position needs lengths_B")
@@ -85,7 +87,9 @@ def attend_local(
         )
         out = made_BTHD.view(q_BTHD.shape) if out is None else out.copy_(made_BTHD.view(q_BTHD.shape))
         return out, lse_BHT if return_lse else None
-    if chosen == "triton":
+    if chosen == "fa4":
+        from rtpurbo.kernels.local_attention import fa4
+    elif chosen == "triton":
         from rtpurbo.kernels.local_attention.kernel import launch
     else:
         from rtpurbo.kernels.local_attention.hopper_kernel import launch
@@ -93,6 +97,14 @@ def attend_local(
         out = torch.empty(q_BTHD.shape, dtype=q_BTHD.dtype, device=q_BTHD.device)
     lse_BHT = torch.empty((B, K * G, T), dtype=torch.float32, device=q_BTHD.device) if return_lse else None
     lengths_B, counts_B = (x.to(torch.int32).contiguous() for x in (lengths_B, counts_B))
+    if chosen == "fa4":
+        q, written = head_axis(q_BTKGD), head_axis(out if out.dim() == 5 else out.unflatten(2, (K, G)))
+        assert q is not None
+        if written is None:
+            raise ValueError(f"attend_local: impl 'fa4' writes heads of one stride, found out with strides {out.stride()}")
+        start_B = None if start_B is None else lengths_B
+        fa4.launch(q, k_BTKD, v_BTKD, start_B, counts_B, written, lse_BHT, window=window, sinks=sinks, scale=scale)
+        return out, lse_BHT
     launch(
         q_BTKGD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, out, lse_BHT,
         window=window, sinks=sinks, scale=scale, by_position=by_position,
@@ -108,11 +120,13 @@ def choose_impl(
     ring_v_BWKD: torch.Tensor | None = None,
     *,
     scale: float = 1.0,
+    positions: bool = True,
     impl: str = "auto",
 ) -> str:
-    """The implementation that `attend_local` runs for these tensors.
+    """The implementation that `attend_local` runs for these tensors; positions: row j of k holds position j.
 
-    "auto" picks "gluon" on Hopper (compute capability 9.0), "triton" on other NVIDIA GPUs, and "reference" on the CPU, for head dims
+    "auto" picks "fa4" (FlashAttention-4, extra `fa4`) where it is installed, can run and was measured faster (see crossover.py), "gluon"
+    on Hopper (compute capability 9.0), "triton" on other NVIDIA GPUs, and "reference" on the CPU, for head dims
     other than 64 and 128, for inputs that need gradients, and for a scale <= 0. A named one is returned as it is, or raises
     ValueError with what is in its way.
     """
@@ -120,11 +134,18 @@ def choose_impl(
         return impl
     tensors = [x for x in (q_BTHD, k_BTKD, v_BTKD, ring_k_BWKD, ring_v_BWKD) if x is not None]
     if impl == "auto":
-        fits = (name for name in ("gluon", "triton") if q_BTHD.is_cuda and obstacle_of(name, tensors, scale) is None)
-        return next(fits, "reference")
+        if not q_BTHD.is_cuda:
+            return "reference"
+        rows, keys = q_BTHD.shape[1], k_BTKD.shape[1]
+        preferred = ["gluon", "triton"]
+        if positions and ring_k_BWKD is None and crossover.prefers_fa4(q_BTHD.device, "window", rows, keys):
+            preferred.insert(0, "fa4")
+        return next((name for name in preferred if obstacle_of(name, tensors, scale) is None), "reference")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attend_local: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")
     obstacle = obstacle_of(impl, tensors, scale)
+    if impl == "fa4" and obstacle is None and (ring_k_BWKD is not None or not positions):
+        obstacle = "it reads one tensor in which row = position: a cache, or a chunk without lengths"
     if obstacle is not None:
         raise ValueError(f"attend_local: impl {impl!r} cannot run: {obstacle}")
     return impl
@@ -150,19 +171,34 @@ def obstacle_of(impl: str, tensors: list[torch.Tensor], scale: float) -> str | N
         return "it has no backward pass and an input needs a gradient"
     if not scale > 0:
         return f"scale {scale} is not positive"
-    return _hopper_obstacle(tensors) if impl == "gluon" else None
+    return _hopper_obstacle(tensors, impl) if impl in ("gluon", "fa4") else None
 
 
-def _hopper_obstacle(tensors: list[torch.Tensor]) -> str | None:
+def _hopper_obstacle(tensors: list[torch.Tensor], impl: str) -> str | None:
     capability = torch.cuda.get_device_capability(tensors[0].device)
     if capability != (9, 0):
         return f"it needs compute capability 9.0, found {capability[0]}.{capability[1]}"
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
+    if impl == "fa4":
+        from rtpurbo.kernels.local_attention import fa4
+
+        if not fa4.installed():
+            return "flash-attn-4 is not installed (pip install rtpurbo[fa4])"
+        if tensors[0].dim() == 5 and head_axis(tensors[0]) is None:
+            return f"it wants query heads of one stride, found strides {tensors[0].stride()}"
+    elif importlib.util.find_spec("triton.experimental.gluon") is None:
         return "this triton has no Gluon"
     for x in tensors:
         if x.stride(-1) != 1 or any(stride % 8 for stride in x.stride()[:-1]) or x.data_ptr() % 16:
             return f"the copy engine needs addresses and strides in multiples of 16 bytes, found strides {x.stride()}"
     return None
+
+
+def head_axis(x_BTKGD: torch.Tensor) -> torch.Tensor | None:
+    """The view [B, T, K * G, D], or None where the heads have no common stride."""
+    K, G = x_BTKGD.shape[2:4]
+    if K == 1 or G == 1:
+        return x_BTKGD.squeeze(2) if K == 1 else x_BTKGD.squeeze(3)
+    return x_BTKGD.flatten(2, 3) if x_BTKGD.stride(2) == G * x_BTKGD.stride(3) else None
 
 
 def write_ring(

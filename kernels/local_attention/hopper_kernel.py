@@ -7,6 +7,8 @@
 # Q query blocks  N listed key blocks
 # A persistent program works on M = 128 query rows of one head at a time, 64 a warpgroup, against key tiles of N = 128 positions.
 # Within a warpgroup the product q k^T of the next tile is issued before the softmax of the one that p v still multiplies.
+import functools
+
 import torch
 import triton
 from triton.experimental import gluon
@@ -353,8 +355,14 @@ def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """TMA descriptor over [B, heads ..., rows, D] (x: [B, rows, heads ..., D]) with tiles of `rows` rows of one head."""
     x = x.movedim(1, -2)
     block = [1] * (x.dim() - 2) + [rows, x.shape[-1]]
-    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[x.dtype]
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+    return TensorDescriptor(x, x.shape, x.stride(), block, _shared_layout(x.dtype, len(block), rows, x.shape[-1]))
+
+
+@functools.cache
+def _shared_layout(dtype: torch.dtype, rank: int, rows: int, D: int) -> gl.NVMMASharedLayout:
+    """Computed once: it takes longer on the host than everything else about a descriptor."""
+    block = [1] * (rank - 2) + [rows, D]
+    return gl.NVMMASharedLayout.get_default_for(block, {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype])
 
 
 def launch(

@@ -2,6 +2,7 @@
 
 # B batch  T chunk tokens  S cached tokens  W ring slots (sinks + window)  H query heads  K kv heads  G query heads per kv head
 # D head dim  I index-key sets  R index dim
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -42,6 +43,7 @@ def prefill_layer(
     top_p: float | None = None,
     prefill_block: int = 128,
     dense: bool = False,
+    from_start: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Local heads attend to window + sinks, retrieval heads to everything ("dense") or to selected blocks ("topp"); all causal.
@@ -61,6 +63,7 @@ def prefill_layer(
             index keys by position with the chunk written, the set that each retrieval head reads, logit scale, share of mass.
         prefill_block: queries and keys per block of the selection.
         dense: every group is retained and every head attends to everything; roles and pattern are not looked at.
+        from_start: the host knows that no sequence has tokens before this chunk: rings and cache are not read, the chunk holds every key.
         impl: passed on to the parts, see `attend_local`, `attend_prefill` and `select_prefill`.
 
     Returns out [B, T, H, D] in q's dtype. Raises ValueError for inputs that do not fit. Source: arXiv 2605.16928 section 3;
@@ -75,8 +78,10 @@ def prefill_layer(
     retained = len(counts_K)
     if retained > K or not all(1 <= count <= G for count in counts_K):
         raise ValueError(f"prefill_layer: retrieval_counts {counts_K}, wanted at most {K} numbers from 1 to {G}")
-    if retained < K and (ring_k_BWKD is None or ring_v_BWKD is None):
+    if not from_start and retained < K and (ring_k_BWKD is None or ring_v_BWKD is None):
         raise ValueError(f"prefill_layer: {K - retained} local groups of {K} want ring_k and ring_v")
+    if from_start:
+        k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD = k_BTKD[:, :, :retained], v_BTKD[:, :, :retained], None, None
     if retained and (k_BSKD is None or v_BSKD is None or k_BSKD.shape[2] != retained):
         found = None if k_BSKD is None else tuple(k_BSKD.shape)
         raise ValueError(f"prefill_layer: {retained} retained groups want k and v by position for as many KV heads, found {found}")
@@ -95,23 +100,30 @@ def prefill_layer(
         )  # fmt: skip
     out_BTHD = torch.empty((B, T, H, D), dtype=q_BTHD.dtype, device=q_BTHD.device)
     out_BTKGD, q_BTKGD = out_BTHD.unflatten(2, (K, G)), q_BTHD.unflatten(2, (K, G))
-    local = {"window": window, "sinks": sinks, "scale": scale, "lengths_B": lengths_B, "counts_B": counts_B}
+    start_B = None if from_start else lengths_B
+    attend = functools.partial(
+        attend_local, window=window, sinks=sinks, scale=scale, lengths_B=start_B, counts_B=counts_B, return_lse=False, impl=impl
+    )  # fmt: skip
     if retained < K:
-        attend_local(
-            q_BTKGD[:, :, retained:], k_BTKD[:, :, retained:], v_BTKD[:, :, retained:], **local,
-            ring_k_BWKD=ring_k_BWKD, ring_v_BWKD=ring_v_BWKD, out=out_BTKGD[:, :, retained:], return_lse=False, impl=impl,
-        )  # fmt: skip
+        k, v, out = (x[:, :, retained:] for x in (k_BTKD, v_BTKD, out_BTKGD))
+        attend(q_BTKGD[:, :, retained:], k, v, ring_k_BWKD=ring_k_BWKD, ring_v_BWKD=ring_v_BWKD, out=out)
     first_head = 0
     for groups, n in runs_of(counts_K):
         assert k_BSKD is not None
         assert v_BSKD is not None
-        k, v = k_BSKD[:, :newest, groups], v_BSKD[:, :newest, groups]
+        keys = slice(0, T if from_start else newest)
+        k, v = k_BSKD[:, keys, groups], v_BSKD[:, keys, groups]
         q, out = q_BTKGD[:, :, groups], out_BTKGD[:, :, groups]
         heads = slice(first_head, first_head + n * q.shape[2])
         first_head = heads.stop
-        attend_retrieval(q[..., :n, :], k, v, lengths_B, counts_B, scale, select, heads, out[..., :n, :], impl)
+        if select is None:
+            attend_prefill(
+                q[..., :n, :], k, v, lengths_B=start_B, counts_B=counts_B, scale=scale, out_BTKGD=out[..., :n, :], impl=impl
+            )  # fmt: skip
+        else:
+            _attend_selected(q[..., :n, :], k, v, lengths_B, counts_B, scale, select, heads, out[..., :n, :], impl)
         if n < G:
-            attend_local(q[..., n:, :], k, v, **local, by_position=True, out=out[..., n:, :], return_lse=False, impl=impl)
+            attend(q[..., n:, :], k, v, by_position=not from_start, out=out[..., n:, :])
     return out_BTHD
 
 
@@ -128,24 +140,19 @@ class Selection:
     sinks: int
 
 
-def attend_retrieval(
+def _attend_selected(
     q_BTKGD: torch.Tensor,
     k_BSKD: torch.Tensor,
     v_BSKD: torch.Tensor,
     lengths_B: torch.Tensor,
     counts_B: torch.Tensor,
     scale: float,
-    select: Selection | None,
+    select: Selection,
     heads: slice,
     out_BTKGD: torch.Tensor,
     impl: str,
 ) -> None:
-    """The retrieval heads of one run of groups, rows `heads` of the layer's selection."""
-    if select is None:
-        attend_prefill(
-            q_BTKGD, k_BSKD, v_BSKD, lengths_B=lengths_B, counts_B=counts_B, scale=scale, out_BTKGD=out_BTKGD, impl=impl
-        )  # fmt: skip
-        return
+    """The retrieval heads of one run of groups over selected blocks; rows `heads` of the layer's selection."""
     B, T = q_BTKGD.shape[:2]
     # A copy to the device that the host does not wait for.
     key_set_H = torch.tensor(select.key_sets[heads], dtype=torch.int32).to(q_BTKGD.device, non_blocking=True)

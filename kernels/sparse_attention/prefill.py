@@ -3,10 +3,10 @@
 # B batch  T chunk tokens  S cached tokens  K kv heads  G query heads per kv head  D head dim  H = K * G  Q query blocks  N key blocks
 import torch
 
-from rtpurbo.kernels.local_attention import obstacle_of
+from rtpurbo.kernels.local_attention import crossover, head_axis, obstacle_of
 from rtpurbo.kernels.sparse_attention import prefill_reference
 
-IMPLEMENTATIONS = ("reference", "triton", "gluon")
+IMPLEMENTATIONS = ("reference", "triton", "gluon", "fa4")
 # The kernels keep a tile of as many queries as a block has.
 KERNEL_BLOCK = 128
 
@@ -16,7 +16,7 @@ def attend_prefill(
     k_BSKD: torch.Tensor,
     v_BSKD: torch.Tensor,
     *,
-    lengths_B: torch.Tensor,
+    lengths_B: torch.Tensor | None,
     counts_B: torch.Tensor,
     scale: float,
     ids_BHQN: torch.Tensor | None = None,
@@ -31,7 +31,8 @@ def attend_prefill(
     Args:
         q_BTKGD: the chunk's queries, post-RoPE; G heads for each KV head, any view with a contiguous last axis.
         k_BSKD, v_BSKD: cache by position, post-RoPE, the chunk already written; rows at or beyond lengths + counts may hold anything.
-        lengths_B, counts_B: int32, tokens before the chunk and valid rows of it; rows beyond return 0 and an LSE of -inf.
+        lengths_B, counts_B: int32, tokens before the chunk (None: none, S = T) and valid rows of it; rows beyond return 0 and an LSE
+            of -inf.
         scale: logit scale, usually head_dim ** -0.5 (dimensionless).
         ids_BHQN, count_BHQ: int32, from `select_prefill`: for query head kv * G + g and rows n * block ... of the chunk the
             key blocks (positions m * block ...), ascending, none beyond the newest of these rows. None: all keys (dense).
@@ -48,6 +49,11 @@ def attend_prefill(
     S = k_BSKD.shape[1]
     if k_BSKD.shape != (B, S, K, D) or v_BSKD.shape != k_BSKD.shape:
         raise ValueError(f"attend_prefill: q {tuple(q_BTKGD.shape)}, k {tuple(k_BSKD.shape)}, v {tuple(v_BSKD.shape)} do not fit")
+    start_B = lengths_B
+    if lengths_B is None:
+        if S != T:
+            raise ValueError(f"attend_prefill: without lengths k has the chunk's {T} rows, found {S}")
+        lengths_B = torch.zeros_like(counts_B)
     if lengths_B.shape != (B,) or counts_B.shape != (B,):
         raise ValueError(f"attend_prefill: lengths {tuple(lengths_B.shape)} or counts {tuple(counts_B.shape)}, wanted {(B,)}")
     if (ids_BHQN is None) != (count_BHQ is None):
@@ -72,6 +78,18 @@ def attend_prefill(
         return out_BTKGD, lse_BHT
     from rtpurbo.kernels.local_attention.tiles import UNBOUNDED
 
+    if chosen == "fa4":
+        from rtpurbo.kernels.local_attention import fa4
+
+        q_BTHD, out_BTHD = head_axis(q_BTKGD), head_axis(out_BTKGD)
+        assert q_BTHD is not None
+        if out_BTHD is None:
+            raise ValueError(f"attend_prefill: impl 'fa4' writes heads of one stride, found out with strides {out_BTKGD.stride()}")
+        start_B = None if start_B is None else start_B.to(torch.int32).contiguous()
+        fa4.launch(
+            q_BTHD, k_BSKD, v_BSKD, start_B, counts_B.to(torch.int32).contiguous(), out_BTHD, lse_BHT, window=None, sinks=0, scale=scale
+        )  # fmt: skip
+        return out_BTKGD, lse_BHT
     if chosen == "triton":
         from rtpurbo.kernels.local_attention.kernel import launch
     else:
@@ -96,16 +114,21 @@ def choose_prefill_impl(
 ) -> str:
     """The implementation that `attend_prefill` runs for these tensors; block: that of the lists, None without lists.
 
-    "auto" picks "gluon" on Hopper (compute capability 9.0), "triton" on other NVIDIA GPUs, and "reference" on the CPU, for head dims
-    other than 64 and 128, for lists of other blocks than 128, for inputs that need gradients, and for a scale <= 0. A named one is
-    returned as it is, or raises ValueError with what is in its way.
+    "auto" picks "fa4" (FlashAttention-4, extra `fa4`) where it is installed, can run and was measured faster (see
+    local_attention/crossover.py), "gluon" on Hopper (compute capability 9.0), "triton" on other NVIDIA GPUs, and "reference" on the CPU,
+    for head dims other than 64 and 128, for lists of other blocks than 128, for inputs that need gradients, and for a scale <= 0. A
+    named one is returned as it is, or raises ValueError with what is in its way.
     """
     if impl == "reference":
         return impl
     tensors = [q_BTKGD, k_BSKD, v_BSKD]
     if impl == "auto":
-        fits = (name for name in ("gluon", "triton") if q_BTKGD.is_cuda and _obstacle(name, tensors, scale, block) is None)
-        return next(fits, "reference")
+        if not q_BTKGD.is_cuda:
+            return "reference"
+        preferred = ["gluon", "triton"]
+        if block is None and crossover.prefers_fa4(q_BTKGD.device, "dense", q_BTKGD.shape[1], k_BSKD.shape[1]):
+            preferred.insert(0, "fa4")
+        return next((name for name in preferred if _obstacle(name, tensors, scale, block) is None), "reference")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attend_prefill: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")
     obstacle = _obstacle(impl, tensors, scale, block)
@@ -115,6 +138,8 @@ def choose_prefill_impl(
 
 
 def _obstacle(impl: str, tensors: list[torch.Tensor], scale: float, block: int | None) -> str | None:
+    if impl == "fa4" and block is not None:
+        return "it does not take lists of blocks"
     if block not in (None, KERNEL_BLOCK):
         return f"lists of blocks of {block}, wanted {KERNEL_BLOCK}"
     return obstacle_of(impl, tensors, scale)
