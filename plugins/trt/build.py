@@ -185,6 +185,8 @@ def _build_plan(
             raise _failed("does not take the exported model", errors, session)
         config = builder.create_builder_config()
         config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        # The only products in fp32 are the index projections of a 16-bit engine: rounded to TF32 they would select other blocks.
+        config.clear_flag(trt.BuilderFlag.TF32)
         chunk = min(options.prefill_chunk, capacity)
         for sizes, phase in (((1, 1, 1), (1, chunk, chunk)), PREFILL), (((1, 1, options.batch), (1, 1, 1)), DECODE):
             config.add_optimization_profile(_profile(builder, *sizes, phase, capacity, caches, phased))

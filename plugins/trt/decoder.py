@@ -66,11 +66,15 @@ class Decoder:
         return outputs
 
     def norm(self, x: str, weight: str, eps: float) -> str:
-        """x / sqrt(mean(x^2) + eps) in fp32, rounded to the model's dtype, times the weight."""
+        """x / sqrt(mean(x^2) + eps) times the weight, in fp32 and not rounded."""
         g, x32 = self.g, self.g.float32(x)
         mean = g.op("ReduceMean", g.op("Mul", x32, x32), g.integers(-1), attributes={"keepdims": 1})
         scaled = g.op("Div", x32, g.op("Sqrt", g.op("Add", mean, g.real(eps))))
-        return g.op("Mul", weight, g.cast(scaled, self.dtype))
+        return g.op("Mul", scaled, g.float32(weight))
+
+    def normed(self, x_MC: str, name: str) -> str:
+        """The norm of this name, rounded once to the model's dtype."""
+        return self.g.cast(self.norm(x_MC, self.weights.tensor(f"{name}.weight"), self.config["rms_norm_eps"]), self.dtype)
 
     def linear(self, x_MC: str, name: str) -> str:
         """x W^T (+ bias), with W [out, in] as it is stored."""
@@ -89,9 +93,9 @@ class Decoder:
         return cos_BT1d, sin_BT1d
 
     def rotate(self, x_BTHD: str, cos_BT1d: str, sin_BT1d: str) -> str:
-        """RoPE: pairs (x_i, x_(i + D/2)) turned by the position's angle, in fp32."""
+        """RoPE of fp32 heads: pairs (x_i, x_(i + D/2)) turned by the position's angle, rounded once to the model's dtype."""
         g = self.g
-        a, b = g.ops("Split", [g.float32(x_BTHD)], 2, {"axis": 3, "num_outputs": 2})
+        a, b = g.ops("Split", [x_BTHD], 2, {"axis": 3, "num_outputs": 2})
         first = g.op("Sub", g.op("Mul", a, cos_BT1d), g.op("Mul", b, sin_BT1d))
         second = g.op("Add", g.op("Mul", b, cos_BT1d), g.op("Mul", a, sin_BT1d))
         return g.cast(g.concat(3, first, second), self.dtype)
@@ -120,9 +124,9 @@ class Decoder:
         if f"{prefix}gate.weight" in self.weights:
             return self._experts(index, prefix, x_MC)
         gate_up = self._joined_linear(x_MC, prefix, "gate_up_proj", ("gate_proj", "up_proj"))
-        gate, up = g.ops("Split", [gate_up], 2, {"axis": 1, "num_outputs": 2})
+        gate, up = g.ops("Split", [g.float32(gate_up)], 2, {"axis": 1, "num_outputs": 2})
         silu = g.op("Mul", gate, g.op("Sigmoid", gate))
-        return self.linear(g.op("Mul", silu, up), f"{prefix}down_proj")
+        return self.linear(g.cast(g.op("Mul", silu, up), self.dtype), f"{prefix}down_proj")
 
     def _experts(self, index: int, prefix: str, x_MC: str) -> str:
         config = self.config
@@ -147,7 +151,7 @@ class Decoder:
         return self.g.op("Gemm", x_MC, weight, *(b for b in bias if b is not None), attributes={"transB": 1})
 
     def _projected(self, prefix: str, x_MC: str, layout: LayerLayout) -> tuple[str, str]:
-        """Queries and keys [B, T, H + K, D] as they enter RoPE, and values [B, T, K, D], in run-time order.
+        """Queries and keys [B, T, H + K, D] as they enter RoPE, in fp32, and values [B, T, K, D], in run-time order.
 
         Activations are reordered, not weights: a reordered weight could not stay where it is stored.
         """
@@ -156,7 +160,7 @@ class Decoder:
         x = g.reshape(x, self.batch, self.rows, heads + 2 * groups, self.shape.head_dim)
         order = (*layout.head_order, *(heads + i for i in layout.group_order), *(heads + groups + i for i in layout.group_order))
         x = self._reordered(x, order)
-        qk, v = self._heads(x, 0, heads + groups), self._heads(x, heads + groups, heads + 2 * groups)
+        qk, v = g.float32(self._heads(x, 0, heads + groups)), self._heads(x, heads + groups, heads + 2 * groups)
         if f"{prefix}q_norm.weight" in self.weights:
             q, k = (self.weights.read(f"{prefix}{which}_norm.weight").to(self.weights.dtype) for which in "qk")
             both = self.weights.copy(f"{prefix}qk_norm.weight", torch.cat([q.expand(heads, -1), k.expand(groups, -1)]))
@@ -212,7 +216,7 @@ class Decoder:
     def _indexed(self, x_BTHD: str, heads: tuple[int, ...], weight_JRD: torch.Tensor, name: str) -> str:
         """Index vectors [B, T, J, R] in fp32 of these heads."""
         g = self.g
-        x_BTJD = g.float32(g.gather(x_BTHD, g.integers(*heads), 2))
+        x_BTJD = g.gather(x_BTHD, g.integers(*heads), 2)
         weight_JDR = self.weights.copy(name, weight_JRD.float().transpose(1, 2).contiguous())
         return g.transpose(g.op("MatMul", g.transpose(x_BTJD, 0, 2, 1, 3), weight_JDR), 0, 2, 1, 3)
 

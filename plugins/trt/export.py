@@ -102,20 +102,20 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
 
 def _write(decoder: Decoder, layers: list[Layer], tables: tuple[str, str], positions: int, tied: bool) -> str:
     """The whole model's nodes; the name of the logits [B, V]."""
-    g, weights, eps = decoder.g, decoder.weights, decoder.config["rms_norm_eps"]
+    g, weights = decoder.g, decoder.weights
     hidden = decoder.config["hidden_size"]
     embedding = weights.tensor("model.embed_tokens.weight")
     x_MC = g.reshape(g.gather(embedding, "input_ids", 0), -1, hidden)
     cos, sin = decoder.rope_tables(*tables, positions)
     for layer in layers:
         prefix = f"model.layers.{layer.index}."
-        h_MC = decoder.norm(x_MC, weights.tensor(f"{prefix}input_layernorm.weight"), eps)
+        h_MC = decoder.normed(x_MC, f"{prefix}input_layernorm")
         x_MC = g.op("Add", x_MC, decoder.attention(layer, h_MC, cos, sin))
-        h_MC = decoder.norm(x_MC, weights.tensor(f"{prefix}post_attention_layernorm.weight"), eps)
+        h_MC = decoder.normed(x_MC, f"{prefix}post_attention_layernorm")
         x_MC = g.op("Add", x_MC, decoder.mlp(layer.index, h_MC))
     first_B = g.op("Mul", g.count_up(decoder.batch), g.op("Squeeze", decoder.rows, g.integers(0)))
     last_B = g.op("Max", g.op("Sub", g.int64("counts"), g.integer(1)), g.integer(0))
-    x_BC = decoder.norm(g.gather(x_MC, g.op("Add", first_B, last_B), 0), weights.tensor("model.norm.weight"), eps)
+    x_BC = decoder.normed(g.gather(x_MC, g.op("Add", first_B, last_B), 0), "model.norm")
     if tied:
         return g.float32(g.op("Gemm", x_BC, embedding, attributes={"transB": 1}))
     return g.float32(decoder.linear(x_BC, "lm_head"))
