@@ -180,8 +180,10 @@ def peer_rows(tokens: int, impls: Sequence[str], seconds: float) -> Iterator[dic
         yield row("layer, all heads dense", tokens, impl, H * causal_pairs(0, tokens), timed)
 
 
-def layer_rows(tokens: int, layouts: Sequence[str], densities: Sequence[float], seconds: float) -> Iterator[dict[str, object]]:
-    """The layer by roles: single shot, and the last 8K as a chunk."""
+def layer_rows(
+    tokens: int, layouts: Sequence[str], densities: Sequence[float], seconds: float, *, fa4: bool = False
+) -> Iterator[dict[str, object]]:
+    """The layer by roles: single shot, and the last 8K as a chunk; own kernels, and with fa4 the single shot through FlashAttention-4."""
     q, k, v = random(1, tokens, H, D), random(1, tokens, K, D), random(1, tokens, K, D)
     for layout in layouts:
         counts = LAYOUTS[layout]
@@ -191,15 +193,18 @@ def layer_rows(tokens: int, layouts: Sequence[str], densities: Sequence[float], 
                 continue
             local = (H - n) * window_pairs(offset, tokens)
             dense = n * causal_pairs(offset, tokens)
-            for density in (None, *(densities if layout == "A" else [0.1] if 0.1 in densities else [])):
+            cases = [("gluon", None), *([("fa4", None)] if fa4 and offset == 0 else [])]
+            cases += [("gluon", density) for density in (densities if layout == "A" else [0.1] if 0.1 in densities else [])]
+            for impl, density in cases:
                 run, kept = layer_call(q[:, offset:], k, v, counts, offset, density)
+                run = functools.partial(run, impl=impl)
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 out = run()
                 workspace = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
                 del out
                 yield row(
-                    case, tokens, "own", local + dense * (kept or 1.0), time_calls(run, seconds, warm=True), layout=layout,
+                    case, tokens, impl, local + dense * (kept or 1.0), time_calls(run, seconds, warm=True), layout=layout,
                     pattern="dense" if density is None else "topp", planted=density, density=kept and round(kept, 4),
                     workspace_mb=round(workspace / 2**20, 1),
                 )  # fmt: skip
@@ -244,7 +249,7 @@ def main() -> None:
         if "retrieval" in options.cases:
             rows += retrieval_rows(tokens, [*own, *options.peers], options.seconds)
         if "layer" in options.cases:
-            rows += layer_rows(tokens, options.layouts, options.densities, options.seconds)
+            rows += layer_rows(tokens, options.layouts, options.densities, options.seconds, fa4="fa4" in options.peers)
         write_csv(options.csv, [{**r, **versions()} for r in rows])
         torch.cuda.empty_cache()
 
