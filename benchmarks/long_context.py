@@ -119,7 +119,6 @@ def conversion_recipe(device: str, indexer_steps: int, distill_steps: int, scale
         indexer_steps=indexer_steps,
         indexer_min_tokens=4096 // scale,
         indexer_max_tokens=8192 // scale,
-        indexer_learning_rate=2e-3,
         indexer_warmup=min(12, indexer_steps),
         distill_data=str(data),
         distill_steps=distill_steps,
