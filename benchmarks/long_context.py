@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rtpurbo
-from rtpurbo.benchmarks import decode_quality, long_context_teacher
+from rtpurbo.benchmarks import decode_quality, long_context_prefill, long_context_teacher
 from rtpurbo.benchmarks.conversion import versions
 from rtpurbo.benchmarks.long_context_capture import Captured, capture, retrieval_layers
 from rtpurbo.benchmarks.long_context_data import Material, Prompt, source_texts, write_rows
@@ -28,6 +28,7 @@ from rtpurbo.converter.recipe import Recipe
 from rtpurbo.manifests.manifest import INDEXER_NAME, MANIFEST_NAME, Manifest
 from rtpurbo.runtime.layout import Roles
 
+PREFILL_LAYERS = 4
 ANSWERS = "answer"
 TEXT = "text"
 
@@ -155,8 +156,7 @@ def run(bench: Bench, model: str) -> None:
         bench.say("converted")
     manifest = Manifest.load(artifact / MANIFEST_NAME)
     prompts = {length: heldout.needles(random.Random(f"capture-{length}"), length, keys=4, asked=2) for length in bench.captured}
-    records = list(decode_records(bench, artifact, manifest, prompts))
-    bench.write("decode_quality", {"top_p": manifest.top_p, "heads": records}, decode_quality.table(records))
+    report_quality(bench, artifact, manifest, prompts)
     report_teacher(bench, teacher, heldout)
     check_runtime(bench, artifact, heldout)
 
@@ -174,20 +174,29 @@ def report_teacher(bench: Bench, folder: Path, heldout: Material) -> None:
     bench.write("long_context", {"recipe": dataclasses.asdict(bench.teacher), "teacher": result}, "\n".join(lines) + "\n")
 
 
-def decode_records(bench: Bench, artifact: Path, manifest: Manifest, prompts: dict[int, Prompt]) -> Any:
-    """Records of decode_quality for every retrieval layer; the layer with the highest scores is saved beside the artifact."""
+def report_quality(bench: Bench, artifact: Path, manifest: Manifest, prompts: dict[int, Prompt]) -> None:
+    """Decode quality of every retrieval layer and prefill quality of the PREFILL_LAYERS with the highest scores, on their own q, k, v."""
     model = _load(artifact, bench, IMPLEMENTATION)
     indexer = load_file(artifact / INDEXER_NAME, device=bench.device)
     layers = retrieval_layers(manifest)
+    captures: dict[int, list[Captured]] = {}
+    decode: list[dict[str, Any]] = []
     for length, prompt in prompts.items():
         rows, kinds = query_rows(prompt)
         ids = torch.from_numpy(prompt.token_ids.astype("int64")).to(bench.device)
-        for captured in capture(model, manifest, indexer, ids, layers):
-            if captured.layer == layers[0]:
-                save_captured(captured, bench.work / f"captured-{length}.safetensors")
+        captures[length] = list(capture(model, manifest, indexer, ids, layers))
+        save_captured(captures[length][0], bench.work / f"captured-{length}.safetensors")
+        for captured in captures[length]:
             result = decode_quality.measure(captured, manifest, rows)
-            for record in decode_quality.summary(captured, manifest, result, kinds):
-                yield {"length": length, **record}
+            decode += [{"length": length, **record} for record in decode_quality.summary(captured, manifest, result, kinds)]
+    bench.write("decode_quality", {"top_p": manifest.top_p, "heads": decode}, decode_quality.table(decode))
+    prefill = [
+        {"length": length, **record}
+        for length, layers_of in captures.items()
+        for captured in layers_of[:PREFILL_LAYERS]
+        for record in long_context_prefill.measure(captured, manifest)
+    ]
+    bench.write("prefill_quality", {"mass": manifest.prefill_mass, "layers": prefill}, long_context_prefill.table(prefill))
 
 
 def query_rows(prompt: Prompt) -> tuple[list[int], dict[str, slice]]:
