@@ -28,6 +28,8 @@ from rtpurbo.converter.recipe import Recipe
 from rtpurbo.manifests.manifest import INDEXER_NAME, MANIFEST_NAME, Manifest
 from rtpurbo.runtime.layout import Roles
 
+COMMAND = "python benchmarks/long_context.py --work WORK --out benchmarks"
+MEASURES = ("decode", "prefill", "teacher", "runtime")
 PREFILL_LAYERS = 4
 ANSWERS = "answer"
 TEXT = "text"
@@ -45,6 +47,7 @@ class Bench:
     captured: tuple[int, ...]
     samples: int
     checked: int
+    measures: tuple[str, ...]
     conversion: Recipe
     max_bytes: int
     say: Callable[[str], None]
@@ -53,8 +56,9 @@ class Bench:
         """`name`.json and `name`.md in the output folder, with versions."""
         self.out.mkdir(parents=True, exist_ok=True)
         body = {"versions": versions(), **result}
+        facts = ", ".join(f"{key} {value}" for key, value in body["versions"].items())
         (self.out / f"{name}.json").write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        (self.out / f"{name}.md").write_text(table, encoding="utf-8")
+        (self.out / f"{name}.md").write_text(f"`{COMMAND}`\n\n{facts}\n\n{table}", encoding="utf-8")
         self.say(table)
 
 
@@ -68,6 +72,7 @@ class Bench:
 @click.option("--distill-steps", default=0, show_default=True, help="Steps of stage 2.")
 @click.option("--samples", default=24, show_default=True, help="Prompts of a needle measurement.")
 @click.option("--checked", default=6, show_default=True, help="Prompts that the runtime answers, sparse and dense.")
+@click.option("--measure", "measures", type=click.Choice(MEASURES), multiple=True, default=MEASURES, help="What to measure (default: all).")
 @click.option("--scale", default=1, show_default=True, help="Divide every length by this (for a try on a CPU).")
 def main(
     work: Path,
@@ -79,6 +84,7 @@ def main(
     distill_steps: int,
     samples: int,
     checked: int,
+    measures: tuple[str, ...],
     scale: int,
 ) -> None:
     """Tune, convert, capture and measure; finished models in WORK are kept and used again."""
@@ -101,6 +107,7 @@ def main(
         captured=tuple(length // scale for length in (16384, 32768)),
         samples=samples,
         checked=checked,
+        measures=measures,
         conversion=conversion_recipe(device, indexer_steps, distill_steps, scale, work / "python-sources.jsonl"),
         max_bytes=1 << 30 if scale == 1 else 1 << 20,
         say=lambda text: click.echo(f"[{time.perf_counter() - began:6.1f} s] {text}"),
@@ -155,14 +162,17 @@ def run(bench: Bench, model: str) -> None:
         rtpurbo.convert(str(teacher), artifact, recipe=bench.conversion, report=_Notes(bench.say))
         bench.say("converted")
     manifest = Manifest.load(artifact / MANIFEST_NAME)
-    prompts = {length: heldout.needles(random.Random(f"capture-{length}"), length, keys=4, asked=2) for length in bench.captured}
-    report_quality(bench, artifact, manifest, prompts)
-    report_teacher(bench, teacher, heldout)
-    check_runtime(bench, artifact, heldout)
+    if {"decode", "prefill"}.intersection(bench.measures):
+        prompts = {length: heldout.needles(random.Random(f"capture-{length}"), length, keys=4, asked=2) for length in bench.captured}
+        report_quality(bench, artifact, manifest, prompts)
+    if "teacher" in bench.measures:
+        report_teacher(bench, teacher, manifest, heldout)
+    if "runtime" in bench.measures:
+        check_runtime(bench, artifact, heldout)
 
 
-def report_teacher(bench: Bench, folder: Path, heldout: Material) -> None:
-    """Needle accuracy and perplexity of the saved teacher."""
+def report_teacher(bench: Bench, folder: Path, manifest: Manifest, heldout: Material) -> None:
+    """Needle accuracy and perplexity of the saved teacher; what the conversion measured stands in the JSON beside them."""
     model = _load(folder, bench, "sdpa")
     result = long_context_teacher.measure(
         model, heldout, bench.lengths, samples=bench.samples, text_length=bench.teacher.text_length, device=bench.device
@@ -171,7 +181,9 @@ def report_teacher(bench: Bench, folder: Path, heldout: Material) -> None:
     for name in ("needle", "four_keys"):
         lines.append("| " + " | ".join([name, *(f"{result[name][str(length)]:.0%}" for length in bench.lengths)]) + " |")
     lines.append(f"\nPerplexity of held-out text: {result['perplexity']}; {bench.samples} prompts a cell.")
-    bench.write("long_context", {"recipe": dataclasses.asdict(bench.teacher), "teacher": result}, "\n".join(lines) + "\n")
+    counts = {"num_retrieval_heads": manifest.num_retrieval_heads, "rank_stability": manifest.calibration["rank_stability"]}
+    body = {"recipe": dataclasses.asdict(bench.teacher), "teacher": result, "conversion": {**counts, **manifest.metrics}}
+    bench.write("long_context", body, "\n".join(lines) + "\n")
 
 
 def report_quality(bench: Bench, artifact: Path, manifest: Manifest, prompts: dict[int, Prompt]) -> None:
@@ -180,23 +192,26 @@ def report_quality(bench: Bench, artifact: Path, manifest: Manifest, prompts: di
     indexer = load_file(artifact / INDEXER_NAME, device=bench.device)
     layers = retrieval_layers(manifest)
     captures: dict[int, list[Captured]] = {}
-    decode: list[dict[str, Any]] = []
     for length, prompt in prompts.items():
-        rows, kinds = query_rows(prompt)
         ids = torch.from_numpy(prompt.token_ids.astype("int64")).to(bench.device)
         captures[length] = list(capture(model, manifest, indexer, ids, layers))
         save_captured(captures[length][0], bench.work / f"captured-{length}.safetensors")
-        for captured in captures[length]:
-            result = decode_quality.measure(captured, manifest, rows)
-            decode += [{"length": length, **record} for record in decode_quality.summary(captured, manifest, result, kinds)]
-    bench.write("decode_quality", {"top_p": manifest.top_p, "heads": decode}, decode_quality.table(decode))
-    prefill = [
-        {"length": length, **record}
-        for length, layers_of in captures.items()
-        for captured in layers_of[:PREFILL_LAYERS]
-        for record in long_context_prefill.measure(captured, manifest)
-    ]
-    bench.write("prefill_quality", {"mass": manifest.prefill_mass, "layers": prefill}, long_context_prefill.table(prefill))
+    if "decode" in bench.measures:
+        decode: list[dict[str, Any]] = []
+        for length, prompt in prompts.items():
+            rows, kinds = query_rows(prompt)
+            for captured in captures[length]:
+                records = decode_quality.summary(captured, manifest, decode_quality.measure(captured, manifest, rows), kinds)
+                decode += [{"length": length, **record} for record in records]
+        bench.write("decode_quality", {"top_p": manifest.top_p, "heads": decode}, decode_quality.table(decode))
+    if "prefill" in bench.measures:
+        prefill = [
+            {"length": length, **record}
+            for length, layers_of in captures.items()
+            for captured in layers_of[:PREFILL_LAYERS]
+            for record in long_context_prefill.measure(captured, manifest)
+        ]
+        bench.write("prefill_quality", {"mass": manifest.prefill_mass, "layers": prefill}, long_context_prefill.table(prefill))
 
 
 def query_rows(prompt: Prompt) -> tuple[list[int], dict[str, slice]]:
