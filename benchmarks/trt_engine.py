@@ -17,6 +17,7 @@ import torch
 
 from rtpurbo.benchmarks.trt_shapes import shapes, write_shape
 from rtpurbo.plugins.trt.build import BuildOptions, build
+from rtpurbo.plugins.trt.folder import read_info
 from rtpurbo.plugins.trt.run import EngineRuntime, load_engine
 from rtpurbo.plugins.trt.verify import compare_logits, teacher_forced_logits
 from rtpurbo.runtime.engine import Runtime
@@ -105,10 +106,13 @@ def operators_by_time(run: Callable[[], object]) -> list[tuple[str, float]]:
 @click.option("--steps", type=int, default=200)
 @click.option("--chunk", type=int, default=8192)
 @click.option("--dtype", default="bfloat16")
+@click.option("--build-only", is_flag=True)
 @click.option("--out", type=click.Path(path_type=Path))
-def main(artifact: str, work: Path, prompt: int, steps: int, chunk: int, dtype: str, out: Path | None) -> None:
+def main(artifact: str, work: Path, prompt: int, steps: int, chunk: int, dtype: str, build_only: bool, out: Path | None) -> None:
     """Build, compare, time; print and write what was found."""
-    source = write_shape(artifact, work) if artifact in shapes() else Path(artifact)
+    source = Path(artifact)
+    if artifact in shapes():
+        source = work / artifact if (work / artifact).exists() else write_shape(artifact, work)
     major, minor = torch.cuda.get_device_capability()
     folder = work / f"{source.name}-engine"
     rows: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "artifact": source.name}
@@ -121,7 +125,10 @@ def main(artifact: str, work: Path, prompt: int, steps: int, chunk: int, dtype: 
 
     if not folder.exists():
         options = BuildOptions(dtype=dtype, capacity=prompt + 256 + chunk, prefill_chunk=chunk, capabilities=(10 * major + minor,))
-        note("build", build(source, folder, options, Lines()).build)
+        build(source, folder, options, Lines())
+    note("build", read_info(folder).build)
+    if build_only:
+        return
     engine, runtime = load_engine(folder), load(source, device="cuda", dtype=dtype)
     tokens = text_tokens(runtime, prompt + steps)
     note("batch 1", agreement(engine, runtime, tokens, [prompt], steps, chunk))
