@@ -12,10 +12,10 @@ from rtpurbo.plugins.trt.plugins import Session
 class Execution:
     """Runs the engine with one of its profiles, on torch's current stream."""
 
-    def __init__(self, engine: Any, runtime: Any, info: EngineInfo, session: Session, *, profile: int, phase: int) -> None:
+    def __init__(self, engine: Any, owners: tuple[Any, ...], info: EngineInfo, session: Session, *, profile: int, phase: int) -> None:
         """Raises ValueError when the memory of the activations is not there."""
-        # The runtime must outlive the engine, the engine its contexts.
-        self._runtime, self._engine, self._info, self._session = runtime, engine, info, session
+        # Log and runtime must outlive the engine, the engine its contexts.
+        self._owners, self._engine, self._info, self._session = owners, engine, info, session
         self._context = engine.create_execution_context()
         if self._context is None:
             free = torch.cuda.mem_get_info()[0] / 2**30

@@ -150,12 +150,14 @@ def load_engine(folder: str | Path, *, library: str | None = None) -> EngineRunt
     session = Session(table=CubinTable(folder / CUBINS_NAME, 10 * major + minor))
     require_memory(info.plan_bytes, torch.device("cuda", torch.cuda.current_device()), f"{folder}: the engine")
     with registered(trt, session):
-        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        log = trt.Logger(trt.Logger.ERROR)
+        runtime = trt.Runtime(log)
         engine = runtime.deserialize_cuda_engine((folder / PLAN_NAME).read_bytes())
     if engine is None:
         reason = f" ({session.failures[0]})" if session.failures else ""
         raise ValueError(f"{folder / PLAN_NAME}: {name} {trt.__version__} cannot load this engine on this GPU{reason}")
     executions = {
-        phase: Execution(engine, runtime, info, session, profile=profile, phase=phase) for profile, phase in enumerate((PREFILL, DECODE))
+        phase: Execution(engine, (log, runtime), info, session, profile=profile, phase=phase)
+        for profile, phase in enumerate((PREFILL, DECODE))
     }
     return EngineRuntime(folder, info, manifest, executions)
