@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import click
-import tensorrt_rtx as trt
 
 from rtpurbo.plugins.trt.export import ExportOptions, export
+from rtpurbo.plugins.trt.library import load_library
 from rtpurbo.plugins.trt.nodes import DECODE, DOMAIN, PREFILL
 from rtpurbo.plugins.trt.plugins import Session, registered
 
@@ -26,6 +26,7 @@ from rtpurbo.plugins.trt.plugins import Session, registered
 @click.option("--batch", default=4, show_default=True)
 def main(folder: Path, dtype: str, capacity: int, chunk: int, batch: int) -> None:
     """Export FOLDER, parse and build it with two profiles, and print what came out."""
+    _, trt = load_library("tensorrt-rtx")
     if not trt.__version__.startswith("1.7."):
         raise click.UsageError(f"tensorrt_rtx is {trt.__version__}, wanted 1.7.x")
     model = export(folder, ExportOptions(dtype=dtype)).model

@@ -98,7 +98,7 @@ def plant(tokens: int, heads: int, density: float, offset: int = 0) -> tuple[tor
     return q, k, scale, kept_density(q, k, scale, offset)
 
 
-def layer_call(q, k, v, counts: Sequence[int], offset: int, density: float | None) -> tuple[Callable[[], torch.Tensor], float | None]:
+def layer_call(q, k, v, counts: Sequence[int], offset: int, density: float | None) -> tuple[Callable[..., torch.Tensor], float | None]:
     """prefill_layer on q's tokens at `offset` of k's and v's, and the density that its selector keeps (None: dense retrieval)."""
     T, S, retained, n = q.shape[1], k.shape[1], len(counts), sum(counts)
     lengths, valid = (torch.tensor([x], dtype=torch.int32, device="cuda") for x in (offset, T))
@@ -196,8 +196,8 @@ def layer_rows(
             cases = [("gluon", None), *([("fa4", None)] if fa4 and offset == 0 else [])]
             cases += [("gluon", density) for density in (densities if layout == "A" else [0.1] if 0.1 in densities else [])]
             for impl, density in cases:
-                run, kept = layer_call(q[:, offset:], k, v, counts, offset, density)
-                run = functools.partial(run, impl=impl)
+                call, kept = layer_call(q[:, offset:], k, v, counts, offset, density)
+                run = functools.partial(call, impl=impl)
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
                 out = run()

@@ -37,9 +37,8 @@ def write_shape(name: str, folder: Path) -> Path:
     """The artifact of a shape at `folder / name`, with peaked queries and keys so that a selection keeps part of the blocks."""
     family, values, retrieval, window = shapes()[name]
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](
-        **values, bos_token_id=None, eos_token_id=None, pad_token_id=None, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}
-    )
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = CONFIG_MAPPING[family](**{**values, **special, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
