@@ -1,8 +1,8 @@
 """The runtime's decode step and its small kernels on one GPU.
 
 `step`: a slice of Qwen3-Coder-30B-A3B (same widths, fewer layers, random weights) with caches filled to a length: time of a captured
-and an uncaptured step, and its split by kernels. `long`: 4096 steps, whose memory must not grow. `kernels`: rope_append, add_norm
-and gated_silu beside eager PyTorch.
+and an uncaptured step, and its split by kernels. `long`: 4096 steps, whose memory must not grow. `kernels`: rope_append, add_norm,
+gated_silu and norm_linear beside eager PyTorch.
 
 Run from the repository root: `python benchmarks/runtime.py --out benchmarks/runtime_h200.csv [SECTION ...]`.
 """
@@ -25,6 +25,7 @@ from rtpurbo.kernels.append import plan_append, rope_append
 from rtpurbo.kernels.bench import time_graph, versions, write_csv
 from rtpurbo.kernels.gated_silu import gated_silu
 from rtpurbo.kernels.norm import add_norm
+from rtpurbo.kernels.norm_linear import FEW_TOKENS, norm_linear
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, roles_from_heads
 from rtpurbo.runtime.engine import Runtime
 from rtpurbo.runtime.loader import random_runtime
@@ -161,6 +162,7 @@ def small_kernels(T: int) -> dict[str, tuple[Callable[[str], object], int]]:
     )  # fmt: skip
     M, S = (H + 2 * K) * D, 2 * T + 64
     qkv, x, residual, weight, gate_up = random(1, T, M), random(T, C), random(T, C), random(C), random(T, 6 * C)
+    qkv_MC = random(M, C)
     cache: dict[str, Any] = {"k_BSKD": random(1, S, 1, D), "v_BSKD": random(1, S, 1, D), "index_k_BSIR": random(1, S, 1, R)}
     rings = {"ring_k_BWKD": random(1, 8196, 3, D), "ring_v_BWKD": random(1, 8196, 3, D), "window": 8192, "sinks": 4} if T == 1 else {}
     lengths, counts = (torch.full((1,), value, dtype=torch.int32, device=device) for value in (T, T))
@@ -174,6 +176,11 @@ def small_kernels(T: int) -> dict[str, tuple[Callable[[str], object], int]]:
         ),
         "norm": (lambda impl: add_norm(x, weight, 1e-6, residual_TC=residual, impl=impl), 8 * x.numel()),
         "gated_silu": (lambda impl: gated_silu(gate_up, impl=impl), 3 * gate_up.numel()),
+        "norm_linear": (
+            # More tokens than a program holds are the library's in either case.
+            lambda impl: norm_linear(x, weight, 1e-6, qkv_MC, residual_TC=residual, impl=impl if T <= FEW_TOKENS else "reference"),
+            2 * qkv_MC.numel(),
+        ),
     }
 
 

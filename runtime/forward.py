@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from rtpurbo.kernels.append import rope_append
 from rtpurbo.kernels.cache_write import write_cache
 from rtpurbo.kernels.decode_layer import DecodeLayerPlan, decode_layer
 from rtpurbo.kernels.experts import mix_experts
 from rtpurbo.kernels.gated_silu import gated_silu
-from rtpurbo.kernels.norm import add_norm
+from rtpurbo.kernels.norm_linear import linear, norm_linear
 from rtpurbo.kernels.prefill_layer import prefill_layer
 from rtpurbo.kernels.router import route_tokens
 from rtpurbo.manifests.manifest import Manifest
@@ -123,36 +123,38 @@ def _layers(model: Model, ids_BT: torch.Tensor, attend: Attend) -> tuple[torch.T
     """All layers; the last one's output and the residual that it is to be added to."""
     x_tC, residual_tC = embedding(ids_BT.flatten(), model.embed_VC), None
     for i, layer in enumerate(model.layers):
-        normed_tC, residual_tC = add_norm(x_tC, layer.input_norm_C, model.eps, residual_TC=residual_tC)
-        qkv_tM = linear(normed_tC, layer.qkv_MC, layer.qkv_bias_M)
-        out_tN = attend(i, qkv_tM.unflatten(0, ids_BT.shape))
-        x_tC = linear(out_tN, layer.o_CM, layer.o_bias_C)
-        normed_tC, residual_tC = add_norm(x_tC, layer.post_norm_C, model.eps, residual_TC=residual_tC)
-        x_tC = _mlp(layer, normed_tC)
+        qkv_tM, residual_tC, _ = norm_linear(
+            x_tC, layer.input_norm_C, model.eps, layer.qkv_MC, layer.qkv_bias_M, residual_TC=residual_tC
+        )  # fmt: skip
+        x_tC = linear(attend(i, qkv_tM.unflatten(0, ids_BT.shape)), layer.o_CM, layer.o_bias_C)
+        x_tC, residual_tC = _mlp(layer, x_tC, residual_tC, model.eps)
     assert residual_tC is not None, "a model has at least one layer"
     return x_tC, residual_tC
 
 
 def _logits(model: Model, x_tC: torch.Tensor, residual_tC: torch.Tensor) -> torch.Tensor:
-    normed_tC, _ = add_norm(x_tC, model.norm_C, model.eps, residual_TC=residual_tC)
-    return linear(normed_tC, model.head_VC)
+    return norm_linear(x_tC, model.norm_C, model.eps, model.head_VC, residual_TC=residual_tC)[0]
 
 
-def _mlp(layer: Layer, x_tC: torch.Tensor) -> torch.Tensor:
-    """The MLP, in pieces of tokens whose activations are bounded."""
+def _mlp(layer: Layer, x_tC: torch.Tensor, residual_tC: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm and MLP, in pieces of tokens whose activations are bounded: (output, residual that it is to be added to)."""
     mlp = layer.mlp
     width = mlp.gate_up_GC.shape[0] if isinstance(mlp, Mlp) else mlp.num_chosen * (mlp.gate_up_EGC.shape[1] + x_tC.shape[1])
     piece = max(1, MLP_BYTES // (width * x_tC.element_size()))
-    if x_tC.shape[0] <= piece:
-        return _mlp_piece(mlp, x_tC)
-    return torch.cat([_mlp_piece(mlp, part_tC) for part_tC in x_tC.split(piece)])
+    pairs = zip(x_tC.split(piece), residual_tC.split(piece), strict=True)
+    done = [_mlp_piece(mlp, layer.post_norm_C, *pair, eps) for pair in pairs]
+    return done[0] if len(done) == 1 else (torch.cat([out for out, _ in done]), torch.cat([residual for _, residual in done]))
 
 
-def _mlp_piece(mlp: Mlp | Experts, x_tC: torch.Tensor) -> torch.Tensor:
+def _mlp_piece(
+    mlp: Mlp | Experts, norm_C: torch.Tensor, x_tC: torch.Tensor, residual_tC: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     if isinstance(mlp, Mlp):
-        return linear(gated_silu(linear(x_tC, mlp.gate_up_GC, mlp.gate_up_bias_G)), mlp.down_CF, mlp.down_bias_C)
-    ids_tX, weight_tX = route_tokens(linear(x_tC, mlp.router_EC), num_chosen=mlp.num_chosen, normalize=mlp.normalize)
-    return mix_experts(x_tC, ids_tX, weight_tX, mlp.gate_up_EGC, mlp.down_ECF)
+        gate_up_tG, residual_tC, _ = norm_linear(x_tC, norm_C, eps, mlp.gate_up_GC, mlp.gate_up_bias_G, residual_TC=residual_tC)
+        return linear(gated_silu(gate_up_tG), mlp.down_CF, mlp.down_bias_C), residual_tC
+    logits_tE, residual_tC, normed_tC = norm_linear(x_tC, norm_C, eps, mlp.router_EC, residual_TC=residual_tC)
+    ids_tX, weight_tX = route_tokens(logits_tE, num_chosen=mlp.num_chosen, normalize=mlp.normalize)
+    return mix_experts(normed_tC, ids_tX, weight_tX, mlp.gate_up_EGC, mlp.down_ECF), residual_tC
 
 
 def _retained(layer: LayerCache) -> dict[str, Any]:

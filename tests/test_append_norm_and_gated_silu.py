@@ -1,4 +1,4 @@
-"""rope_append, add_norm and gated_silu in Triton against loops in fp64; on a CPU through Triton's interpreter."""
+"""rope_append, add_norm, norm_linear and gated_silu in Triton against loops in fp64; on a CPU through Triton's interpreter."""
 
 # B batch  T chunk tokens  M (H + 2 K) D  H query heads  K kv heads  D head dim  S cached tokens  W ring slots
 # P retrieval heads  I index-key sets  R index dim  C hidden
@@ -9,6 +9,7 @@ from interpreter_process import interpreting, serve
 from rtpurbo.kernels.append import plan_append, rope_append
 from rtpurbo.kernels.gated_silu import gated_silu
 from rtpurbo.kernels.norm import add_norm
+from rtpurbo.kernels.norm_linear import choose_impl, linear, norm_linear
 
 pytest.importorskip("triton")
 
@@ -34,11 +35,19 @@ def run_norm(request, device="cpu"):
     return {"out": out.cpu(), "residual": residual.cpu()}
 
 
+def run_linear(request, device="cpu"):
+    x, weight, bias, norm, residual = (None if t is None else t.to(device) for t in request["tensors"])
+    if norm is None:
+        return {"out": linear(x, weight, bias, impl=request["impl"]).cpu()}
+    out, total, normed = norm_linear(x, norm, 1e-6, weight, bias, residual_TC=residual, impl=request["impl"])
+    return {"out": out.cpu(), "sum": total.cpu(), "normed": normed.cpu()}
+
+
 def run_silu(request, device="cpu"):
     return {"out": gated_silu(request["x"].to(device), impl=request["impl"]).cpu()}
 
 
-OPERATIONS = {"append": run_append, "norm": run_norm, "silu": run_silu}
+OPERATIONS = {"append": run_append, "norm": run_norm, "silu": run_silu, "linear": run_linear}
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +231,42 @@ def test_gated_silu_multiplies_up_with_silu_of_gate(run, T, F):
     assert_near(run("silu", {"x": x})["out"], gate / (1 + (-gate).exp()) * up, 1e-5)
 
 
+@pytest.mark.parametrize(("T", "C", "M"), [(1, 48, 5), (2, 1000, 19), (4, 16, 1025), (3, 4096, 7)])
+@pytest.mark.parametrize(
+    ("norm", "residual", "bias"), [(True, True, False), (True, False, True), (False, False, True), (False, False, False)]
+)
+def test_norm_linear_is_a_product_with_the_normed_sum(run, T, C, M, norm, residual, bias):
+    shapes = [(T, C), (M, C), (M,), (C,), (T, C)]
+    x, weight, b, n, r = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes))
+    total = x.double() + (r.double() if residual else 0)
+    normed = total / (total.square().mean(dim=1, keepdim=True) + 1e-6).sqrt() * n.double() if norm else x.double()
+    want = normed @ weight.double().T + (b.double() if bias else 0)
+    tensors = (x, weight, b if bias else None, n if norm else None, r if residual else None)
+    got = run("linear", {"tensors": tensors})
+    assert_near(got["out"], want, 1e-5)
+    if norm:
+        assert_near(got["sum"], total, 1e-6)
+        assert_near(got["normed"], normed, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [1, 4])
+@pytest.mark.parametrize(("C", "M"), [(2048, 5120), (4096, 2048), (2048, 128), (2560, 301)])
+def test_norm_linear_in_16_bits_is_as_exact_as_its_parts(T, C, M):
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, weight, n, r = (torch.randn(s, generator=generator, device="cuda").bfloat16() for s in ((T, C), (M, C), (C,), (T, C)))
+    assert choose_impl(x, weight) == ("triton" if T == 1 else "reference")
+    got = norm_linear(x, n, 1e-6, weight, residual_TC=r.clone(), impl="triton")
+    want = norm_linear(x, n, 1e-6, weight, residual_TC=r.clone(), impl="reference")
+    assert torch.equal(got[1], want[1])
+    assert (got[2] - want[2]).abs().max() <= 2**-7 * want[2].abs().max()
+    exact = got[2].double() @ weight.double().T
+    assert (got[0].double() - exact).norm() <= 2**-8 * exact.norm()
+    assert (linear(r, weight, impl="triton").double() - r.double() @ weight.double().T).norm() <= 2**-8 * exact.norm()
+
+
 def test_norm_and_gated_silu_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="weight"):
         add_norm(torch.zeros(2, 8), torch.zeros(7), 1e-6)
@@ -229,6 +274,14 @@ def test_norm_and_gated_silu_refuse_what_does_not_fit():
         add_norm(torch.zeros(2, 8), torch.zeros(8), 1e-6, residual_TC=torch.zeros(3, 8))
     with pytest.raises(ValueError, match=r"\[T, 2 F\]"):
         gated_silu(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="weight"):
+        norm_linear(torch.zeros(2, 8), torch.zeros(8), 1e-6, torch.zeros(3, 9))
+    with pytest.raises(ValueError, match="residual"):
+        norm_linear(torch.zeros(2, 8), torch.zeros(8), 1e-6, torch.zeros(3, 8), residual_TC=torch.zeros(1, 8))
+    with pytest.raises(ValueError, match="bias"):
+        linear(torch.zeros(2, 8), torch.zeros(3, 8), torch.zeros(2))
+    with pytest.raises(ValueError, match="1 to 4 tokens"):
+        linear(torch.zeros(5, 8), torch.zeros(3, 8), impl="triton")
 
 
 if __name__ == "__main__":
