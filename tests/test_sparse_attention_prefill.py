@@ -3,6 +3,7 @@
 # B batch  T chunk tokens  S all tokens of a sequence  K kv heads  G query heads per kv head  D head dim  H = K * G
 # Q query blocks  N key blocks
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from rtpurbo.kernels.local_attention import attend_local
 from rtpurbo.kernels.sparse_attention import attend_prefill, choose_prefill_impl
 
 
@@ -231,6 +233,19 @@ def test_a_prefill_kernel_that_cannot_run_says_why():
     assert choose_prefill_impl(q, k, k) == "reference"
 
 
+def test_the_crossover_is_chosen_by_device_mask_and_prompt(monkeypatch):
+    from rtpurbo.kernels.local_attention import crossover
+
+    device = torch.device("cuda")
+    for name, wanted in (("NVIDIA H200", True), ("NVIDIA GeForce RTX 4090", False)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert crossover.prefers_fa4(device, "dense", 1 << 17, 1 << 17) is wanted
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert not crossover.prefers_fa4(device, "dense", 1 << 16, 1 << 16)
+    assert not crossover.prefers_fa4(device, "dense", 1 << 17, 1 << 18)
+    assert not crossover.prefers_fa4(device, "window", 1 << 20, 1 << 20)
+
+
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -256,6 +271,34 @@ def test_the_compiled_kernel_matches_the_naive_mask(impl, name, dtype):
 )
 def test_the_hopper_kernel_cut_along_the_keys_matches_the_naive_mask(name, parts):
     assert largest_error(dataclasses.replace(LARGE[name], block=128), "gluon", torch.bfloat16, "cuda", parts) < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER or importlib.util.find_spec("flash_attn") is None, reason="needs Hopper and flash-attn-4")
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("offset", [None, 1111])
+def test_flash_attention_4_matches_the_own_kernel(offset, window):
+    T, K, G = 1000, 2, 3
+    S = T + (offset or 0) + (0 if offset is None else 77)
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((2, T, K, G, 128), (2, S, K, 128), (2, S, K, 128))
+    q, k, v = (torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes)
+    counts = torch.tensor([T, 333], dtype=torch.int32, device="cuda")
+    lengths = None if offset is None else torch.tensor([offset, 5], dtype=torch.int32, device="cuda")
+    results = []
+    for impl in ("gluon", "fa4"):
+        if window is None:
+            out, lse = attend_prefill(q, k, v, lengths_B=lengths, counts_B=counts, scale=0.3, return_lse=True, impl=impl)
+        else:
+            out, lse = attend_local(
+                q, k, v, window=window, sinks=4, scale=0.3, lengths_B=lengths, counts_B=counts, by_position=offset is not None, impl=impl
+            )  # fmt: skip
+        assert lse is not None
+        results.append((out.double(), lse))
+    (own, own_lse), (other, other_lse) = results
+    assert (other - own).norm() < 8e-3 * own.norm()
+    assert (other[1, 333:] == 0).all()
+    torch.testing.assert_close(other_lse, own_lse, atol=1e-3, rtol=0)
 
 
 def interpreted_merge() -> float:

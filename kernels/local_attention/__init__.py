@@ -43,7 +43,8 @@ def attend_local(
         by_position: k and v are instead a whole cache [B, S, K, D] in which row = position, the chunk already written; no ring then.
         out: written (default: a new tensor): q's shape and dtype, any view with a contiguous last axis.
         return_lse: also return the LSE, else None.
-        impl: "auto" or one of IMPLEMENTATIONS; `choose_impl` says what "auto" picks and when a kernel can run.
+        impl: "auto" or one of IMPLEMENTATIONS; `choose_impl` says what "auto" picks and when a kernel can run. "fa4" wants finite
+            values in rows that hold no token; all others take anything there.
 
     Returns out [B, T, H, D] in q's dtype and lse fp32 [B, H, T] (natural log).
     Raises ValueError for shapes that do not fit and for an impl that cannot run.

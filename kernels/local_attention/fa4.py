@@ -97,7 +97,7 @@ def launch(
 ) -> None:  # fmt: skip
     """Write out (and lse) for a cache by position; window None: dense. lengths None: no token before the chunk, S = T.
 
-    Rows at or beyond counts give 0 and -inf, whatever they hold.
+    Rows at or beyond counts give 0 and -inf. Values of keys that were not written must be finite: FlashAttention-4 multiplies them by 0.
     """
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
     from flash_attn.cute.interface import _flash_attn_fwd

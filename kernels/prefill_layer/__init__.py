@@ -63,7 +63,8 @@ def prefill_layer(
             index keys by position with the chunk written, the set that each retrieval head reads, logit scale, share of mass.
         prefill_block: queries and keys per block of the selection.
         dense: every group is retained and every head attends to everything; roles and pattern are not looked at.
-        from_start: the host knows that no sequence has tokens before this chunk: rings and cache are not read, the chunk holds every key.
+        from_start: the host knows that no sequence has tokens before this chunk: rings and cache are not read, the chunk holds every
+            key, with finite values in all rows.
         impl: passed on to the parts, see `attend_local`, `attend_prefill` and `select_prefill`.
 
     Returns out [B, T, H, D] in q's dtype. Raises ValueError for inputs that do not fit. Source: arXiv 2605.16928 section 3;

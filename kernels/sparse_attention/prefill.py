@@ -31,15 +31,16 @@ def attend_prefill(
     Args:
         q_BTKGD: the chunk's queries, post-RoPE; G heads for each KV head, any view with a contiguous last axis.
         k_BSKD, v_BSKD: cache by position, post-RoPE, the chunk already written; rows at or beyond lengths + counts may hold anything.
-        lengths_B, counts_B: int32, tokens before the chunk (None: none, S = T) and valid rows of it; rows beyond return 0 and an LSE
-            of -inf.
+        lengths_B, counts_B: int32, tokens before the chunk and valid rows of it; rows beyond return 0 and an LSE of -inf. lengths None:
+            no token before the chunk, S = T, and the values are finite in all rows.
         scale: logit scale, usually head_dim ** -0.5 (dimensionless).
         ids_BHQN, count_BHQ: int32, from `select_prefill`: for query head kv * G + g and rows n * block ... of the chunk the
             key blocks (positions m * block ...), ascending, none beyond the newest of these rows. None: all keys (dense).
         block: queries and keys per block.
         out_BTKGD: written (default: a new tensor); any view with a contiguous last axis.
         return_lse: also return the LSE.
-        impl: "auto" or one of IMPLEMENTATIONS; `choose_prefill_impl` says what "auto" picks and when a kernel can run.
+        impl: "auto" or one of IMPLEMENTATIONS; `choose_prefill_impl` says what "auto" picks and when a kernel can run. "fa4" wants
+            finite values in rows that hold no token.
 
     Returns (out in q's dtype, lse fp32 [B, H, T], natural log, or None); a query whose list is empty gives 0 and -inf.
     Raises ValueError for shapes that do not fit and for an impl that cannot run. Source: lists as in arXiv 2605.16928 section 3.4
@@ -69,7 +70,9 @@ def attend_prefill(
         out_BTKGD = torch.empty((B, T, K, G, D), dtype=q_BTKGD.dtype, device=q_BTKGD.device)
     elif out_BTKGD.shape != q_BTKGD.shape or out_BTKGD.dtype != q_BTKGD.dtype or out_BTKGD.stride(4) != 1:
         raise ValueError(f"attend_prefill: out {tuple(out_BTKGD.shape)} {out_BTKGD.dtype} does not fit q {tuple(q_BTKGD.shape)}")
-    chosen = choose_prefill_impl(q_BTKGD, k_BSKD, v_BSKD, scale=scale, block=None if ids_BHQN is None else block, impl=impl)
+    chosen = choose_prefill_impl(
+        q_BTKGD, k_BSKD, v_BSKD, scale=scale, block=None if ids_BHQN is None else block, from_start=start_B is None, impl=impl
+    )
     lse_BHT = torch.empty((B, K * G, T), dtype=torch.float32, device=q_BTKGD.device) if return_lse else None
     if chosen == "reference":
         prefill_reference.attend_prefill(
@@ -110,9 +113,10 @@ def choose_prefill_impl(
     *,
     scale: float = 1.0,
     block: int | None = None,
+    from_start: bool = False,
     impl: str = "auto",
 ) -> str:
-    """The implementation that `attend_prefill` runs for these tensors; block: that of the lists, None without lists.
+    """The implementation that `attend_prefill` runs for these tensors; block: that of the lists (None: none); from_start: no lengths.
 
     "auto" picks "fa4" (FlashAttention-4, extra `fa4`) where it is installed, can run and was measured faster (see
     local_attention/crossover.py), "gluon" on Hopper (compute capability 9.0), "triton" on other NVIDIA GPUs, and "reference" on the CPU,
@@ -126,7 +130,7 @@ def choose_prefill_impl(
         if not q_BTKGD.is_cuda:
             return "reference"
         preferred = ["gluon", "triton"]
-        if block is None and crossover.prefers_fa4(q_BTKGD.device, "dense", q_BTKGD.shape[1], k_BSKD.shape[1]):
+        if block is None and from_start and crossover.prefers_fa4(q_BTKGD.device, "dense", q_BTKGD.shape[1], k_BSKD.shape[1]):
             preferred.insert(0, "fa4")
         return next((name for name in preferred if _obstacle(name, tensors, scale, block) is None), "reference")
     if impl not in IMPLEMENTATIONS:
