@@ -88,8 +88,9 @@ class NodeEngine:
         with registered(self._trt, self.session):
             self._runtime = self._trt.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine((folder / "engine.plan").read_bytes())
-        assert self._engine is not None, self.session.failures
-        self._context = self._engine.create_execution_context()
+            assert self._engine is not None, self.session.failures
+            self._context = self._engine.create_execution_context()
+        assert self._context is not None, self.session.failures
         self._stream = torch.cuda.Stream()
 
     def run(self, *inputs: torch.Tensor, graph: bool = False) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,26 +45,36 @@ class Session:
 
 @contextmanager
 def registered(trt: Any, session: Session) -> Iterator[None]:
-    """Creators of all nodes, in TensorRT's registry of plugins while entered: for parsing, building and loading."""
-    registry = trt.get_plugin_registry()
-    kind = _creator_class(trt)
-    creators = [kind(trt, session, None), *(kind(trt, session, node) for node in NODES.values())]
+    """While entered, plugins that TensorRT makes belong to the session: for parsing, building, loading and making contexts."""
+    creators = _creators(trt)
+    before = [creator.session for creator in creators]
     for creator in creators:
-        registry.register_creator(creator, creator.plugin_namespace)
+        creator.session = session
     try:
         yield
     finally:
-        for creator in creators:
-            registry.deregister_creator(creator)
+        for creator, session_before in zip(creators, before, strict=True):
+            creator.session = session_before
+
+
+@cache
+def _creators(trt: Any) -> list[Any]:
+    """Creators of all nodes in TensorRT's registry, which is one for the process and keeps pointers to them: they stay for good."""
+    registry, kind = trt.get_plugin_registry(), _creator_class(trt)
+    creators = [kind(trt, None), *(kind(trt, node) for node in NODES.values())]
+    for creator in creators:
+        registry.register_creator(creator, creator.plugin_namespace)
+    return creators
 
 
 def _creator_class(trt: Any) -> type:
     class Creator(trt.IPluginCreatorV3One):
         """Makes plugins of one node of our domain, or of every node behind the carrier's name (node None)."""
 
-        def __init__(self, trt: Any, session: Session, node: Node | None) -> None:
+        def __init__(self, trt: Any, node: Node | None) -> None:
             trt.IPluginCreatorV3One.__init__(self)
-            self._session, self._node = session, node
+            self.session: Session | None = None
+            self._node = node
             self.name = CARRIER_NAME if node is None else node.name
             self.plugin_namespace, self.plugin_version = ("", "1") if node is None else (DOMAIN, str(VERSION))
             empty = np.array([])
@@ -74,6 +85,8 @@ def _creator_class(trt: Any) -> type:
 
         def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
             """From the node's attributes at build, from the stored rule at run time."""
+            session = self.session
+            assert session is not None, "a plugin is made outside of `registered`"
             try:
                 found = {entry.name: np.array(entry.data) for entry in fields}
                 if RULE in found and found[RULE].size:
@@ -81,9 +94,9 @@ def _creator_class(trt: Any) -> type:
                 else:
                     assert self._node is not None
                     rule = _rule(self._node, found)
-                return _plugin_class(trt)(name, rule, self._session, self._node is None)
+                return _plugin_class(trt)(name, rule, session, self._node is None)
             except Exception as error:
-                self._session.failures.append(error)
+                session.failures.append(error)
                 return None
 
     return Creator
@@ -143,6 +156,7 @@ class NodePlugin:
         return [self.session.table.prepare(launch) for launch in found]
 
 
+@cache
 def _plugin_class(trt: Any) -> type:
     bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
     dtypes = {

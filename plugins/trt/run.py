@@ -153,11 +153,12 @@ def load_engine(folder: str | Path, *, library: str | None = None) -> EngineRunt
         log = trt.Logger(trt.Logger.ERROR)
         runtime = trt.Runtime(log)
         engine = runtime.deserialize_cuda_engine((folder / PLAN_NAME).read_bytes())
-    if engine is None:
-        reason = f" ({session.failures[0]})" if session.failures else ""
-        raise ValueError(f"{folder / PLAN_NAME}: {name} {trt.__version__} cannot load this engine on this GPU{reason}")
-    executions = {
-        phase: Execution(engine, (log, runtime), info, session, profile=profile, phase=phase)
-        for profile, phase in enumerate((PREFILL, DECODE))
-    }
+        if engine is None:
+            reason = f" ({session.failures[0]})" if session.failures else ""
+            raise ValueError(f"{folder / PLAN_NAME}: {name} {trt.__version__} cannot load this engine on this GPU{reason}")
+        # Some releases make the plugins only now.
+        executions = {
+            phase: Execution(engine, (log, runtime), info, session, profile=profile, phase=phase)
+            for profile, phase in enumerate((PREFILL, DECODE))
+        }
     return EngineRuntime(folder, info, manifest, executions)
