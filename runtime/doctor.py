@@ -20,6 +20,13 @@ TIMEOUT_S = 180
 PACKAGES = (
     ("torch", "torch", "everything", "pip install rtpurbo"),
     ("transformers", "transformers", "everything", "pip install rtpurbo"),
+    ("safetensors", "safetensors", "reading weights", "pip install rtpurbo"),
+    ("huggingface-hub", "huggingface_hub", "the Hub", "pip install rtpurbo"),
+    ("numpy", "numpy", "everything", "pip install rtpurbo"),
+    ("click", "click", "the command line", "pip install rtpurbo"),
+    ("rich", "rich", "tables", "pip install rtpurbo"),
+    ("jsonschema", "jsonschema", "reading manifests", "pip install rtpurbo"),
+    ("tomli-w", "tomli_w", "writing recipes", "pip install rtpurbo"),
     ("triton", "triton", "the kernels on an NVIDIA GPU", "pip install 'triton>=3.6'"),
     ("flash-attn-4", "flash_attn.cute", "FlashAttention-4 on Hopper", "pip install 'rtpurbo[fa4]'"),
     ("onnx", "onnx", "exporting an engine's graph", "pip install 'rtpurbo[trt]' or 'rtpurbo[trt-rtx]'"),

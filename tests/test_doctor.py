@@ -11,7 +11,7 @@ import torch
 from rtpurbo.runtime import doctor, doctor_checks
 from rtpurbo.runtime.doctor import Finding, as_json, diagnose
 
-EXTRAS = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+PROJECT = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]
 TORCH = ("torch", "torch", "everything", "pip install rtpurbo")
 REFERENCE = ("reference", "reference kernels", False, "torch")
 
@@ -90,13 +90,15 @@ def test_without_a_gpu_the_reason_is_given(few: pytest.MonkeyPatch, build: str |
     assert found["Triton kernels"] == Finding(section="works", name="Triton kernels", status="missing", detail="needs an NVIDIA GPU")
 
 
-def test_every_check_belongs_to_an_ability_and_every_extra_that_is_advised_exists() -> None:
+def test_every_check_belongs_to_an_ability_and_what_is_advised_is_what_the_project_declares() -> None:
     packages = {name: remedy for name, _, _, remedy in doctor.PACKAGES}
+    required = {re.split(r"[<>=]", requirement)[0] for requirement in PROJECT["dependencies"]}
+    assert {name for name, remedy in packages.items() if remedy == "pip install rtpurbo"} == required
     assert [check for check, *_ in doctor.ABILITIES] == list(doctor_checks.CHECKS)
     assert {package for *_, package in doctor.ABILITIES} <= set(packages)
     for name, remedy in packages.items():
         for extra in re.findall(r"rtpurbo\[([\w-]+)\]", remedy):
-            assert any(requirement.startswith(name) for requirement in EXTRAS[extra])
+            assert any(requirement.startswith(name) for requirement in PROJECT["optional-dependencies"][extra])
 
 
 def test_json_groups_the_findings_by_section() -> None:
