@@ -16,7 +16,7 @@ from rtpurbo.kernels.sparse_attention import attend_prefill
 __all__ = ["prefill_layer"]
 
 # Block lists of one piece of queries, in bytes: the longest chunk is worked through in pieces whose lists fit.
-LIST_BYTES = 192 << 20
+LIST_BYTES = 96 << 20
 
 
 def prefill_layer(
@@ -171,6 +171,8 @@ def _attend_selected(
             q_BTKGD[:, rows], k_BSKD, v_BSKD, lengths_B=offset_B, counts_B=valid_B, scale=scale, ids_BHQN=ids_BHQN,
             count_BHQ=count_BHQ, block=select.block, out_BTKGD=out_BTKGD[:, rows], impl=impl,
         )  # fmt: skip
+        # Otherwise the lists of two pieces would exist at once.
+        del ids_BHQN, count_BHQ
 
 
 def runs_of(counts_K: tuple[int, ...]) -> list[tuple[slice, int]]:
