@@ -12,11 +12,13 @@ from rtpurbo.plugins.trt.plugins import Session
 class Execution:
     """Runs the engine with one of its profiles, on torch's current stream."""
 
-    def __init__(self, engine: Any, owners: tuple[Any, ...], info: EngineInfo, session: Session, *, profile: int, phase: int) -> None:
+    def __init__(
+        self, trt: Any, engine: Any, owners: tuple[Any, ...], info: EngineInfo, session: Session, *, profile: int, phase: int
+    ) -> None:
         """Raises ValueError when the memory of the activations is not there."""
         # Log and runtime must outlive the engine, the engine its contexts.
         self._owners, self._engine, self._info, self._session = owners, engine, info, session
-        self._context = engine.create_execution_context()
+        self._context = engine.create_execution_context(_runtime_config(trt, engine))
         if self._context is None:
             free = torch.cuda.mem_get_info()[0] / 2**30
             raise ValueError(f"not enough memory for the engine's activations: {free:.2f} GiB are free on the GPU")
@@ -47,3 +49,11 @@ class Execution:
 
     def _reason(self) -> str:
         return f" ({self._session.failures[0]})" if self._session.failures else ""
+
+
+def _runtime_config(trt: Any, engine: Any) -> Any:
+    """tensorrt-rtx compiles kernels for new shapes: before it runs them, not beside, as that would break a capture in another thread."""
+    config = engine.create_runtime_config()
+    if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    return config

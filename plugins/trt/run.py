@@ -158,7 +158,7 @@ def load_engine(folder: str | Path, *, library: str | None = None) -> EngineRunt
             raise ValueError(f"{folder / PLAN_NAME}: {name} {trt.__version__} cannot load this engine on this GPU{reason}")
         # Some releases make the plugins only now.
         executions = {
-            phase: Execution(engine, (log, runtime), info, session, profile=profile, phase=phase)
+            phase: Execution(trt, engine, (log, runtime), info, session, profile=profile, phase=phase)
             for profile, phase in enumerate((PREFILL, DECODE))
         }
     return EngineRuntime(folder, info, manifest, executions)
