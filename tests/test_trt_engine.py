@@ -55,6 +55,10 @@ def test_an_engine_folder_says_what_it_was_built_from(built):
     assert info.caches["layers.1.ring_k"].shape == (64, 2, 64)
     assert info.caches["layers.0.index_cache"].shape == (None, 2, 16)
     assert info.plan_bytes == (engine / PLAN_NAME).stat().st_size
+    # Each plugin's configuration, as it will be made from at run time.
+    plan = (engine / PLAN_NAME).read_bytes()
+    counts = {name: plan.count(f"rtpurbo::{name}{{".encode()) for name in ("AttendLocal", "Append", "SelectBlocks", "AttendRetained")}
+    assert all(count >= 2 for count in counts.values()), counts
     CubinTable(engine / "cubins", 86)
 
 

@@ -1,6 +1,8 @@
 """Every custom node alone in a TensorRT engine: built here without a GPU, and on a GPU equal to its definition over dynamic shapes."""
 
 # B batch  T chunk tokens  S cached tokens  H query heads  K kv heads  G query heads per kv head  D head dim
+import json
+
 import pytest
 import torch
 
@@ -35,7 +37,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_node_becomes_an_engine_with_its_cubins_without_a_gpu(name, tmp_path):
     session = build(CASES[name], tmp_path, (80,))
-    assert (tmp_path / "engine.plan").stat().st_size > 1000
+    # What a plugin stores of itself is what the engine has at run time.
+    rule = f"rtpurbo::{name}{json.dumps(CASES[name].attributes)}"
+    assert rule.encode() in (tmp_path / "engine.plan").read_bytes()
     assert {entry[0] for entry in session.seen.values()} == {name}
     assert len(list((tmp_path / "cubins").glob("*_sm80_*.cubin"))) >= 1
 

@@ -188,8 +188,9 @@ def _plugin_class(trt: Any) -> type:
             return self.clone()
 
         def get_fields_to_serialize(self) -> Any:
-            rule = np.frombuffer(self.part.rule.encode(), np.int8)
-            self._fields = trt.PluginFieldCollection([trt.PluginField(RULE, rule, trt.PluginFieldType.CHAR)])
+            # A field is a pointer into the array, which must live until TensorRT has copied it.
+            self._stored = np.frombuffer(self.part.rule.encode(), np.int8).copy()
+            self._fields = trt.PluginFieldCollection([trt.PluginField(RULE, self._stored, trt.PluginFieldType.CHAR)])
             return self._fields
 
         def get_aliased_input(self, output: int) -> int:
