@@ -192,7 +192,7 @@ def test_the_hopper_experts_compile_to_tensor_core_instructions(gated):
     function = hopper._grouped_product
     constants = {"M": hopper.M, "N": hopper.N, "K": hopper.K, "STAGES": hopper.STAGES, "GATED": gated}
     types = {"tiles_ptr": "*i32", "out_ptr": "*bf16"}
-    for name, rows in (("left_desc", hopper.M // 2), ("weight_desc", hopper.N // 2)):
+    for name, rows in (("left_desc", hopper.M), ("weight_desc", hopper.N // 2)):
         layout = gl.NVMMASharedLayout.get_default_for([rows, hopper.K], gl.bfloat16)  # pyright: ignore[reportCallIssue]
         types[name] = f"tensordesc<bf16[{rows},{hopper.K}],{layout!r}>"
     names = function.arg_names

@@ -12,7 +12,7 @@ __all__ = ["choose_impl", "mix_experts"]
 IMPLEMENTATIONS = ("reference", "triton", "gluon", "library")
 FEW_TOKENS = 4  # Up to here pairs that share an expert are rare: reading its weights twice costs less than sorting.
 CHUNK_TOKENS = 8192  # Bounds the workspace: at most (F + 2 C) * X values a token.
-GLUON_ROWS = 96  # From so many rows an expert on average, "auto" takes the Hopper kernel.
+GLUON_ROWS = (64, 384)  # Rows an expert on average, from and below which "auto" takes the Hopper kernel: see benchmarks/experts.md.
 
 
 def mix_experts(
@@ -75,16 +75,16 @@ def choose_impl(
 ) -> str:
     """The implementation that `mix_experts` runs for these tensors.
 
-    "auto" picks, for fp16 and bf16 without gradients on an NVIDIA GPU, "gluon" on Hopper (compute capability 9.0) from GLUON_ROWS
-    rows an expert on, and "triton" otherwise; else "reference". A named one is returned as it is, or raises ValueError with what
-    is in its way. "library" is torch.nn.functional.grouped_mm between the own sort and the own sum.
+    "auto" picks, for fp16 and bf16 without gradients on an NVIDIA GPU, "gluon" on Hopper (compute capability 9.0) for a number of
+    rows an expert within GLUON_ROWS, and "triton" otherwise; else "reference". A named one is returned as it is, or raises
+    ValueError with what is in its way. "library" is torch.nn.functional.grouped_mm between the own sort and the own sum.
     """
     if impl == "reference":
         return impl
     tensors = (x_TC, ids_TX, weights_TX, gate_up_EGC, down_ECF)
     if impl == "auto":
-        many = ids_TX.numel() >= GLUON_ROWS * gate_up_EGC.shape[0]
-        names = ("gluon", "triton") if many else ("triton",)
+        rows = min(ids_TX.shape[0], CHUNK_TOKENS) * ids_TX.shape[1] / gate_up_EGC.shape[0]
+        names = ("gluon", "triton") if GLUON_ROWS[0] <= rows < GLUON_ROWS[1] else ("triton",)
         return next((name for name in names if x_TC.is_cuda and _obstacle(name, *tensors) is None), "reference")
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"mix_experts: impl {impl!r} is not one of {', '.join(('auto', *IMPLEMENTATIONS))}")

@@ -22,11 +22,11 @@ class FewTiles:
     Small programs in numbers: several sit on a multiprocessor at once, and their loads are all in flight together.
     """
 
-    up_rows: int = 4
-    up_step: int = 512
-    up_warps: int = 4
+    up_rows: int = 2
+    up_step: int = 1024
+    up_warps: int = 2
     down_rows: int = 4
-    down_step: int = 256
+    down_step: int = 128
     down_warps: int = 4
 
 
