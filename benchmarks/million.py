@@ -2,9 +2,9 @@
 
 All 48 layers, bf16, made on the GPU. Roles by KV group: 29 of 192 groups, in the later half of the layers, all 8 heads of a retained
 group retrieve. yarn factor 4. Random weights spread attention and index scores evenly, so that top-p would keep nearly everything; the
-selection is therefore given structure: the prompt repeats each token for one block of 128, and the scale of the index logits is set
-(separately for prefill and decode) so that a normal distribution of block scores keeps the wanted share. What was really kept is
-measured and reported. Each section writes its figures to the JSON file when it ends.
+selection is therefore given structure: the prompt repeats each token for one block of 128, and the spread of the index logits is set,
+separately for prefill and decode. What was really kept is measured and reported. Kernels are compiled before the clock starts,
+unless the run is told to start cold. Each section writes its figures to the JSON file when it ends.
 """
 
 # B batch  T tokens  H retrieval query heads  N blocks
@@ -12,13 +12,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import os
 import pathlib
 import statistics
 import time
 from collections.abc import Iterator
-from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -37,13 +37,16 @@ INDEX_DIM = 16
 # A kernel belongs to the first part that one of these words names; the rest are projections, norms, logits and sampling.
 PARTS = {
     "experts": ("up_few", "down_few", "grouped", "sum_rows", "copy_rows", "_pairs", "route_rows"),
-    "attention": ("attend", "attention", "flash", "fmha", "sdpa", "cudnn", "select", "score", "ring", "append", "decode", "pool", "merge"),
+    "attention": ["attend", "attention", "flash", "fmha", "sdpa", "prefill", "select", "score", "ring", "append", "decode", "pool"],
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is measured; the defaults are the headline's. kept_*: share of the blocks that a retrieval head is meant to keep."""
+    """What is measured; the defaults are the headline's.
+
+    spread_*: standard deviation of the index logits. cold: the first prefill compiles its kernels.
+    """
 
     layers: int = 48
     hidden: int = 2048
@@ -60,8 +63,9 @@ class Shape:
     new_tokens: int = 256
     index_keys: Literal["head", "group"] = "group"
     top_p: float = 0.9
-    kept_prefill: float = 0.1
-    kept_decode: float = 0.03
+    spread_prefill: float = 3.2
+    spread_decode: float = 4.4
+    cold: bool = False
 
 
 def config_of(shape: Shape) -> Qwen3MoeConfig:
@@ -100,13 +104,8 @@ def manifest_of(shape: Shape) -> Manifest:
     )  # fmt: skip
 
 
-def with_kept(manifest: Manifest, kept: float, pattern: Any) -> Manifest:
-    """The manifest with the index scale at which normal block scores of that spread keep `kept` of the blocks.
-
-    The mass exp(s) of scores s ~ N(0, a^2) lies around a^2 with the same spread: top_p of it lies above a^2 - a z(top_p), and the
-    share of blocks there is 1 - cdf(a - z(top_p)). Index projections of std head_dim^-0.5 give scores of std INDEX_DIM^0.5.
-    """
-    spread = NormalDist().inv_cdf(manifest.top_p) + NormalDist().inv_cdf(1 - kept)
+def with_spread(manifest: Manifest, spread: float, pattern: Any) -> Manifest:
+    """The manifest with index logits of that standard deviation: products of the index projections' outputs have INDEX_DIM^0.5."""
     indexer = dataclasses.replace(manifest.indexer, scale=spread / INDEX_DIM**0.5)
     return dataclasses.replace(manifest, indexer=indexer, prefill_pattern=pattern)
 
@@ -156,6 +155,20 @@ def run_prefill(runtime: Runtime, state: State, prompt_BT: torch.Tensor, shape: 
     return {"tokens": prompt_BT.shape[1], "ttft_s": round(ttft, 3), "chunk_s_at": sampled}
 
 
+def warm_up(runtime: Runtime, state: State, prompt_BT: torch.Tensor, shape: Shape) -> dict[str, Any]:
+    """Compile what the prefill will need: the chunks that end at a power of two of chunks, and the last one."""
+    begin, tokens, start = time.perf_counter(), prompt_BT.shape[1], 0
+    while start < tokens:
+        rewind(state, start)
+        runtime.prefill(state, prompt_BT[:, start : start + shape.chunk], chunk=shape.chunk)
+        start = 2 * start + shape.chunk if (start // shape.chunk) % 2 else start + shape.chunk
+    last = (tokens - 1) // shape.chunk * shape.chunk
+    rewind(state, last)
+    runtime.prefill(state, prompt_BT[:, last:], chunk=shape.chunk).argmax(-1).tolist()
+    rewind(state, 0)
+    return {"warm_up_s": round(time.perf_counter() - begin, 2)}
+
+
 def run_decode(runtime: Runtime, state: State, steps: int) -> dict[str, Any]:
     """Greedy tokens, each read on the host before the next step as a stream of text needs it."""
     clock = Clock(runtime.device)
@@ -181,6 +194,25 @@ def rewind(state: State, length: int) -> None:
     """Let a batch of one continue from an earlier position: what lies behind is overwritten. Rings keep newer tokens: for timing only."""
     state.cache.lengths[0] = length
     state.cache.lengths_B.fill_(length)
+
+
+def sampled_prefill(runtime: Runtime, state: State, prompt_BT: torch.Tensor, shape: Shape, samples: int) -> dict[str, Any]:
+    """Times of chunks at evenly spread positions of a filled cache, and their integral: what a whole prefill would take."""
+    last = prompt_BT.shape[1] // shape.chunk - 1
+    places = sorted({round(last * i / (samples - 1)) for i in range(samples)})
+    times = []
+    for place in places:
+        clock, start = Clock(runtime.device), place * shape.chunk
+        rewind(state, start)
+        clock.mark()
+        runtime.prefill(state, prompt_BT[:, start : start + shape.chunk], chunk=shape.chunk)
+        clock.mark()
+        times += clock.seconds()
+    whole = times[0] + sum((b - a) * (x + y) / 2 for a, b, x, y in zip(places, places[1:], times, times[1:], strict=False))
+    return {
+        "estimated_prefill_s": round(whole, 2),
+        "chunk_s_at": {str(place * shape.chunk): round(seconds, 4) for place, seconds in zip(places, times, strict=True)},
+    }
 
 
 @contextlib.contextmanager
@@ -238,14 +270,17 @@ def measure(
     """One model at one length: TTFT, time per token, kept shares, split, memory."""
     on_gpu = runtime.device.type == "cuda"
     if on_gpu:
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    prefilling = with_kept(runtime.manifest, shape.kept_prefill, pattern)
-    decoding = with_kept(runtime.manifest, shape.kept_decode, pattern)
+    prefilling = with_spread(runtime.manifest, shape.spread_prefill, pattern)
+    decoding = with_spread(runtime.manifest, shape.spread_decode, pattern)
     capacity = tokens + shape.new_tokens + 32 if tokens + shape.new_tokens + 32 <= shape.positions else shape.positions
     state = runtime.start(1, capacity, dense=dense)
     runtime.manifest = prefilling
     prompt_BT = prompt_of(shape, tokens)
+    if not shape.cold:
+        report.add(section, warm_up(runtime, state, prompt_BT, shape))
     report.add(section, run_prefill(runtime, state, prompt_BT, shape, report))
     planned = plan(config_of(shape).to_dict(), context=capacity, options=PlanOptions(roles=runtime.manifest, chunk=shape.chunk))
     stage = next(stage for stage in planned.stages if stage.name == f"serving, {'dense' if dense else 'converted'}")
@@ -260,6 +295,9 @@ def measure(
             report.add(section, {"decode_split": gpu_time_by_part(lambda: runtime.advance(state, [True]), PARTS, times=4)})
     else:
         report.add(section, {"cache_bytes": state.cache.nbytes(), **memory_of(runtime, stage.total_bytes)})
+    if pattern == "topp":
+        runtime.manifest = with_spread(runtime.manifest, shape.spread_prefill, "dense")
+        report.add(section, {"dense_heads_sampled": sampled_prefill(runtime, state, prompt_BT, shape, 7)})
     runtime.manifest = prefilling
     for part in (2, 1):
         start = (tokens // part // shape.chunk - 1) * shape.chunk
@@ -279,10 +317,10 @@ def measure_growth(device: torch.device, shape: Shape, report: Report, *, tokens
     """Many generated tokens on a slice of a few layers: time per token and memory at the beginning and at the end."""
     small = dataclasses.replace(shape, layers=4, retained=2)
     runtime = random_runtime(config_of(small), manifest_of(small), device, dtype_on(device), 0, index_std=small.head_dim**-0.5)
-    runtime.manifest = with_kept(runtime.manifest, small.kept_prefill, "dense")
+    runtime.manifest = with_spread(runtime.manifest, small.spread_prefill, "dense")
     state = runtime.start(1, tokens + new_tokens)
     run_prefill(runtime, state, prompt_of(small, tokens), small, report)
-    runtime.manifest = with_kept(runtime.manifest, small.kept_decode, "dense")
+    runtime.manifest = with_spread(runtime.manifest, small.spread_decode, "dense")
     found = run_decode(runtime, state, new_tokens // 2)
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     rest = run_decode(runtime, state, new_tokens - new_tokens // 2)
@@ -324,12 +362,15 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=names, default=names)
     parser.add_argument("--short", type=int, default=1 << 17, help="tokens of the short sections")
     parser.add_argument("--index-keys", choices=["group", "head"], default="group", help="one key set a KV group, or one a head")
+    parser.add_argument("--spread-prefill", type=float, default=Shape.spread_prefill)
+    parser.add_argument("--spread-decode", type=float, default=Shape.spread_decode)
+    parser.add_argument("--cold", action="store_true", help="let the first prefill compile its kernels")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="JSON")
     options = parser.parse_args()
-    run(
-        torch.device("cuda:0"), Shape(index_keys=options.index_keys), options.out, options.sections, short=options.short,
-        growth=(1 << 15, 4096),
+    shape = Shape(
+        index_keys=options.index_keys, spread_prefill=options.spread_prefill, spread_decode=options.spread_decode, cold=options.cold
     )  # fmt: skip
+    run(torch.device("cuda:0"), shape, options.out, options.sections, short=options.short, growth=(1 << 15, 4096))
 
 
 if __name__ == "__main__":

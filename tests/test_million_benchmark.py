@@ -32,13 +32,13 @@ def test_the_roles_are_29_groups_in_the_later_half(million):
     assert max(len(layer.retained_groups) for layer in manifest.layers) == 2
 
 
-@pytest.mark.parametrize("kept", [0.03, 0.1])
-def test_the_scale_keeps_the_wanted_share_of_normal_block_scores(million, kept):
-    manifest = million.with_kept(million.manifest_of(million.Shape()), kept, "topp")
-    scores = torch.randn(64, 1 << 16, generator=torch.Generator().manual_seed(0)) * 4 * manifest.indexer.scale
-    mass = scores.softmax(1).sort(dim=1, descending=True).values
-    found = ((mass.cumsum(1) - mass) < manifest.top_p).float().mean().item()
-    assert found == pytest.approx(kept, rel=0.35)
+def test_the_spread_is_that_of_the_index_logits(million):
+    manifest = million.with_spread(million.manifest_of(million.Shape()), 3.0, "topp")
+    generator = torch.Generator().manual_seed(0)
+    w_q, w_k = (torch.randn(16, 128, generator=generator) * 128**-0.5 for _ in range(2))
+    q, k = torch.randn(2, 4096, 128, generator=generator)
+    logits = ((q @ w_q.T) * (k @ w_k.T)).sum(1) * manifest.indexer.scale
+    assert logits.std().item() == pytest.approx(3.0, rel=0.1)
 
 
 def test_every_section_writes_its_figures(million, tmp_path):
