@@ -7,15 +7,13 @@
 # Q query blocks  N listed key blocks
 # A persistent program works on M = 128 query rows of one head at a time, 64 a warpgroup, against key tiles of N = 128 positions.
 # Within a warpgroup the product q k^T of the next tile is issued before the softmax of the one that p v still multiplies.
-import functools
-
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rtpurbo.kernels.local_attention.descriptors import descriptor
 from rtpurbo.kernels.local_attention.merge import merge_parts, parts_for
 from rtpurbo.kernels.local_attention.tiles import (
     CHUNK,
@@ -351,20 +349,6 @@ def _prefill_hopper(
     )  # fmt: skip
 
 
-def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """TMA descriptor over [B, heads ..., rows, D] (x: [B, rows, heads ..., D]) with tiles of `rows` rows of one head."""
-    x = x.movedim(1, -2)
-    block = [1] * (x.dim() - 2) + [rows, x.shape[-1]]
-    return TensorDescriptor(x, x.shape, x.stride(), block, _shared_layout(x.dtype, len(block), rows, x.shape[-1]))
-
-
-@functools.cache
-def _shared_layout(dtype: torch.dtype, rank: int, rows: int, D: int) -> gl.NVMMASharedLayout:
-    """Computed once: it takes longer on the host than everything else about a descriptor."""
-    block = [1] * (rank - 2) + [rows, D]
-    return gl.NVMMASharedLayout.get_default_for(block, {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype])
-
-
 def launch(
     q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, counts_B: torch.Tensor,
     ring_k_BWKD: torch.Tensor | None, ring_v_BWKD: torch.Tensor | None, out_BTHD: torch.Tensor, lse_BHT: torch.Tensor | None,
@@ -381,11 +365,11 @@ def launch(
     if out_BTKGD.numel() == 0:
         return
     tiles = triton.cdiv(T, BLOCK_QUERIES)
-    k_desc, v_desc = _descriptor(k_BTKD, BLOCK_KEYS), _descriptor(v_BTKD, BLOCK_KEYS)
+    k_desc, v_desc = descriptor(k_BTKD, BLOCK_KEYS), descriptor(v_BTKD, BLOCK_KEYS)
     ring_descs = [k_desc, v_desc, k_desc, v_desc]
     if ring_k_BWKD is not None and ring_v_BWKD is not None:
-        ring_descs = [_descriptor(x[:, sinks:], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
-        ring_descs += [_descriptor(x[:, : max(sinks, 1)], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
+        ring_descs = [descriptor(x[:, sinks:], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
+        ring_descs += [descriptor(x[:, : max(sinks, 1)], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
     ids, count = (lengths_B, lengths_B) if lists is None else lists
     programs = torch.cuda.get_device_properties(q_BTKGD.device).multi_processor_count
     units, H = tiles * B * K * G, K * G
@@ -398,7 +382,7 @@ def launch(
         written_lse = torch.empty((parts, B, H, T), dtype=torch.float32, device=q_BTKGD.device)
         written, stride_part = part_PBTHD[0].unflatten(2, (K, G)), part_PBTHD.stride(0)
     _prefill_hopper[(min(programs, units * parts),)](
-        _descriptor(q_BTKGD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, written, written if written_lse is None else written_lse,
+        descriptor(q_BTKGD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, written, written if written_lse is None else written_lse,
         lengths_B, counts_B, ids, count, stride_part, *written.stride()[:4], B, H, G, T, tiles, parts, window, sinks,
         scale * LOG2_E.value, ids.shape[-1],
         M=BLOCK_QUERIES, N=BLOCK_KEYS, D=D, STAGES=stages, HAS_RING=ring_k_BWKD is not None, BY_POSITION=by_position,

@@ -77,15 +77,9 @@ def prefill_layer(
     G = H // K
     counts_K = (G,) * K if dense else tuple(retrieval_counts)
     retained = len(counts_K)
-    if retained > K or not all(1 <= count <= G for count in counts_K):
-        raise ValueError(f"prefill_layer: retrieval_counts {counts_K}, wanted at most {K} numbers from 1 to {G}")
-    if not from_start and retained < K and (ring_k_BWKD is None or ring_v_BWKD is None):
-        raise ValueError(f"prefill_layer: {K - retained} local groups of {K} want ring_k and ring_v")
     if from_start:
         k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD = k_BTKD[:, :, :retained], v_BTKD[:, :, :retained], None, None
-    if retained and (k_BSKD is None or v_BSKD is None or k_BSKD.shape[2] != retained):
-        found = None if k_BSKD is None else tuple(k_BSKD.shape)
-        raise ValueError(f"prefill_layer: {retained} retained groups want k and v by position for as many KV heads, found {found}")
+    _check_keys(counts_K, K, G, None if v_BSKD is None else k_BSKD, None if ring_v_BWKD is None else ring_k_BWKD, from_start)
     if pattern not in ("dense", "topp"):
         raise ValueError(f"prefill_layer: pattern {pattern!r} is neither dense nor topp")
     select = None
@@ -126,6 +120,20 @@ def prefill_layer(
         if n < G:
             attend(q[..., n:, :], k, v, by_position=not from_start, out=out[..., n:, :])
     return out_BTHD
+
+
+def _check_keys(
+    counts_K: tuple[int, ...], K: int, G: int, k_BSKD: torch.Tensor | None, ring_k_BWKD: torch.Tensor | None, from_start: bool
+) -> None:
+    """Counts are in range, and every group has its keys: a ring for local ones, a cache by position for retained ones."""
+    retained = len(counts_K)
+    if retained > K or not all(1 <= count <= G for count in counts_K):
+        raise ValueError(f"prefill_layer: retrieval_counts {counts_K}, wanted at most {K} numbers from 1 to {G}")
+    if not from_start and retained < K and ring_k_BWKD is None:
+        raise ValueError(f"prefill_layer: {K - retained} local groups of {K} want ring_k and ring_v")
+    if retained and (k_BSKD is None or k_BSKD.shape[2] != retained):
+        found = None if k_BSKD is None else tuple(k_BSKD.shape)
+        raise ValueError(f"prefill_layer: {retained} retained groups want k and v by position for as many KV heads, found {found}")
 
 
 @dataclass(frozen=True, kw_only=True)
