@@ -97,7 +97,7 @@ def build(artifact: Path, out: Path, options: BuildOptions, report: Reporter) ->
         exported = export(artifact, ExportOptions(dtype=options.dtype, positions=positions, dense=options.dense))
         model = to_carrier(exported.model) if uses_carrier(name, trt.__version__) else exported.model
         phased = any(port.name == "phase" for port in model.graph.input)
-        caches = _caches(model, exported.caches)
+        caches = caches_of(model, exported.caches)
         vocab_size = int(model.graph.output[0].type.tensor_type.shape.dim[1].dim_value)
         dtype = next(entry.value for entry in model.metadata_props if entry.key == "rtpurbo.dtype")
         onnx = model.SerializeToString()
@@ -146,7 +146,7 @@ def _capacity(wanted: int | None, manifest: Manifest) -> int:
     return -(-(wanted or limit) // CAPACITY_STEP) * CAPACITY_STEP
 
 
-def _caches(model: Any, outputs: dict[str, str]) -> dict[str, CacheInfo]:
+def caches_of(model: Any, outputs: dict[str, str]) -> dict[str, CacheInfo]:
     """Shape, dtype and aliasing output of every cache input."""
     from onnx import TensorProto
 

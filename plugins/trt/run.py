@@ -2,7 +2,9 @@
 
 # B batch  T chunk tokens  V vocabulary
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -24,11 +26,20 @@ from rtpurbo.runtime.state import State
 CHUNK_STEP = 64
 
 
+class Executes(Protocol):
+    """An Execution, or what stands in for one."""
+
+    def run(self, inputs: Mapping[str, torch.Tensor], caches: Mapping[str, torch.Tensor], logits_BV: torch.Tensor) -> None:
+        """Execute once: caches are updated in place, the logits overwritten."""
+
+
 class EngineRuntime(Runtime):
     """A loaded engine; `load_engine` makes it. manifest: the roles and top_p that it was built with."""
 
-    def __init__(self, folder: Path, info: EngineInfo, manifest: Manifest, executions: dict[int, Execution]) -> None:
-        self.info, self.manifest, self.device = info, manifest, torch.device("cuda", torch.cuda.current_device())
+    def __init__(
+        self, folder: Path, info: EngineInfo, manifest: Manifest, executions: Mapping[int, Executes], device: torch.device
+    ) -> None:
+        self.info, self.manifest, self.device = info, manifest, device
         self.tokenizer = load_tokenizer(folder)
         self.folder, self._executions = folder, executions
 
@@ -61,7 +72,7 @@ class EngineRuntime(Runtime):
             )
         cache = EngineCache(info, batch, capacity, self.device)
         nothing = torch.empty(0, device=self.device)
-        return State.of(cache, (), (nothing, nothing), graph=graph is not False)
+        return State.of(cache, (), (nothing, nothing), graph=self.device.type == "cuda" if graph is None else graph)
 
     @torch.no_grad()
     def prefill(
@@ -161,4 +172,4 @@ def load_engine(folder: str | Path, *, library: str | None = None) -> EngineRunt
             phase: Execution(trt, engine, (log, runtime), info, session, profile=profile, phase=phase)
             for profile, phase in enumerate((PREFILL, DECODE))
         }
-    return EngineRuntime(folder, info, manifest, executions)
+    return EngineRuntime(folder, info, manifest, executions, torch.device("cuda", torch.cuda.current_device()))
