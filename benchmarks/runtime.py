@@ -1,7 +1,7 @@
 """The runtime's decode step and its small kernels on one GPU.
 
 `step`: a slice of Qwen3-Coder-30B-A3B (same widths, fewer layers, random weights) with caches filled to a length: time of a captured
-and an uncaptured step, and its split by kernels. `long`: 4096 steps, whose memory must not grow. `kernels`: rope_append, add_norm,
+and an uncaptured step, and its split by kernels. `long`: 4096 steps, whose memory must not grow. `kernels`: rope_append, write_cache, add_norm,
 gated_silu and norm_linear beside eager PyTorch.
 
 Run from the repository root: `python benchmarks/runtime.py --out benchmarks/runtime_h200.csv [SECTION ...]`.
@@ -23,6 +23,7 @@ from transformers import Qwen3MoeConfig
 
 from rtpurbo.kernels.append import plan_append, rope_append
 from rtpurbo.kernels.bench import time_graph, versions, write_csv
+from rtpurbo.kernels.cache_write import write_cache
 from rtpurbo.kernels.gated_silu import gated_silu
 from rtpurbo.kernels.norm import add_norm
 from rtpurbo.kernels.norm_linear import FEW_TOKENS, norm_linear
@@ -164,6 +165,7 @@ def small_kernels(T: int) -> dict[str, tuple[Callable[[str], object], int]]:
     qkv, x, residual, weight, gate_up = random(1, T, M), random(T, C), random(T, C), random(C), random(T, 6 * C)
     qkv_MC = random(M, C)
     cache: dict[str, Any] = {"k_BSKD": random(1, S, 1, D), "v_BSKD": random(1, S, 1, D), "index_k_BSIR": random(1, S, 1, R)}
+    chunks = [x_BSXY[:, :T].contiguous() for x_BSXY in cache.values()]
     rings = {"ring_k_BWKD": random(1, 8196, 3, D), "ring_v_BWKD": random(1, 8196, 3, D), "window": 8192, "sinks": 4} if T == 1 else {}
     lengths, counts = (torch.full((1,), value, dtype=torch.int32, device=device) for value in (T, T))
     tables = {"cos_SE": random(S, D // 2), "sin_SE": random(S, D // 2)}
@@ -173,6 +175,10 @@ def small_kernels(T: int) -> dict[str, tuple[Callable[[str], object], int]]:
                 qkv, plan=plan, lengths_B=lengths, counts_B=counts, index_queries=T == 1, impl=impl, **tables, **cache, **rings
             ),
             2 * (2 * qkv.numel() + 2 * T * D),
+        ),
+        "cache_write": (
+            lambda impl: write_cache(list(cache.values()), chunks, lengths_B=lengths, counts_B=counts, impl=impl),
+            4 * sum(chunk.numel() for chunk in chunks),
         ),
         "norm": (lambda impl: add_norm(x, weight, 1e-6, residual_TC=residual, impl=impl), 8 * x.numel()),
         "gated_silu": (lambda impl: gated_silu(gate_up, impl=impl), 3 * gate_up.numel()),
@@ -189,7 +195,7 @@ def measure_kernels(rows: list[dict[str, object]]) -> None:
         for name, (call, size_bytes) in small_kernels(T).items():
             timing = time_graph([lambda call=call: call("triton")] * 8)
             row = {"section": "kernels", "kernel": name, "tokens": T, "us": timing.median_us, "gb_s": size_bytes / timing.median_us / 1e3}
-            if name != "append":  # Its definition waits for the device, so no graph can hold it.
+            if name not in ("append", "cache_write"):  # Their definitions wait for the device, so no graph can hold them.
                 row["eager_us"] = time_graph([lambda call=call: call("reference")] * 8).median_us
             rows.append(row)
             print(row, flush=True)
