@@ -1,8 +1,8 @@
 """The runtime's decode step and its small kernels on one GPU.
 
 `step`: a slice of Qwen3-Coder-30B-A3B (same widths, fewer layers, random weights) with caches filled to a length: time of a captured
-and an uncaptured step, and its split by kernels. `long`: 4096 steps, whose memory must not grow. `kernels`: rope_append, write_cache, add_norm,
-gated_silu and norm_linear beside eager PyTorch.
+and an uncaptured step, and its split by kernels. `long`: 4096 steps, whose memory must not grow. `kernels`: rope_append, write_cache,
+add_norm, gated_silu and norm_linear beside eager PyTorch.
 
 Run from the repository root: `python benchmarks/runtime.py --out benchmarks/runtime_h200.csv [SECTION ...]`.
 """
