@@ -8,13 +8,13 @@ import triton.language as tl
 
 
 @triton.jit
-def arrive(counter_ptr):
-    """Add one and return the old value; everything this program wrote before is visible to whoever reads the new value.
+def arrive(counter_ptr, amount=1):
+    """Add to the counter and return the old value; everything this program wrote before is visible to whoever reads the new value.
 
     The barrier first: the atomic is executed by one thread, and its release covers the other threads' stores only after it.
     """
     tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    return tl.atomic_add(counter_ptr, amount, sem="acq_rel", scope="gpu")
 
 
 @triton.jit

@@ -5,9 +5,22 @@ from collections.abc import Sequence
 
 import torch
 
+# Shared memory for the pipelines of a multiprocessor (227 KiB on Hopper), less what products and reductions use.
+STAGE_BYTES = 196 << 10
+
 
 def next_power_of_2(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
+
+
+def padded_width(width: int) -> int:
+    """The power of two that holds a width of a matrix product, which has at least 16 columns."""
+    return max(16, next_power_of_2(width))
+
+
+def stages_that_fit(wanted: int, step_bytes: int, total_bytes: int = STAGE_BYTES) -> int:
+    """Stages of a software pipeline, at least 1: stages - 1 steps are in shared memory at once."""
+    return min(wanted, 1 + total_bytes // step_bytes)
 
 
 def group_heads(group_H: Sequence[int], num_groups: int, *, at_least: int = 1) -> torch.Tensor:

@@ -8,6 +8,7 @@ from interpreter_process import interpreting, serve
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import mask_to_ids, plan_selection, score_and_select, select_blocks
 from rtpurbo.kernels.block_selection.reference import block_mass, select_blocks_exact
+from rtpurbo.kernels.division import stages_that_fit
 from rtpurbo.kernels.local_attention import attend_local, write_ring
 from rtpurbo.kernels.local_attention.decode_kernel import attend_slots
 from rtpurbo.kernels.sparse_attention import attend_selected, plan_attention
@@ -133,9 +134,9 @@ def assert_guarantee(mask, maximum, total, top_p, tolerance=1e-5):
     [
         ((0, 1, 2, 3, 4), [64 * 37 + 1], {}),
         ((0, 0, 0, 0, 0, 0, 0, 0), [64 * 40], {"tile_blocks": 16}),
-        ((0, 0, 1, 2, 3), [64 * 33], {"select_tile": 16}),
+        ((0, 0, 1, 2, 3), [64 * 33], {"select_tile": 16, "part_blocks": 16}),
         ((2, 0, 1, 3, 4, 5, 6), [64 * 18 + 1], {"sets_a_group": 3}),
-        ((1, 0, 1), [64 * 21 + 63, 64 * 16, 1500], {"select_tile": 8, "tile_blocks": 4, "num_warps": 4}),
+        ((1, 0, 1), [64 * 21 + 63, 64 * 16, 1500], {"select_tile": 8, "part_blocks": 4, "tile_blocks": 4, "num_warps": 4}),
     ],
 )
 def test_the_fused_selection_equals_the_reference_on_peaked_keys(run, key_set, lengths, plan):
@@ -191,9 +192,106 @@ def test_the_selection_keeps_its_guarantee_for_any_scores(interpreted, seed, len
     k = torch.randn(len(lengths), 64 * 20, 1, 16, generator=generator) * spread
     if rounded:
         q, k = q.round(), k.round()
-    request = select_request(q, k, (0, 0), lengths, top_p=top_p, select_tile=8)
+    request = select_request(q, k, (0, 0), lengths, top_p=top_p, select_tile=8, part_blocks=4)
     maximum, total = scores_of(request)
     assert_guarantee(masks_of(interpreted("select", request), maximum.shape[-1]), maximum, total, top_p)
+
+
+@pytest.mark.parametrize("width", [4, 8, 24])
+def test_index_keys_of_other_widths_than_a_matrix_unit_has_select_as_the_reference(run, width):
+    q, k = peaked_index((0, 1, 1), num_sets=2, batch=2, tokens=64 * 20, hot_share=0.15, dtype=torch.float32, index_dim=width)
+    assert_same_selection(run, select_request(q, k, (0, 1, 1), [64 * 20, 777]))
+
+
+@pytest.mark.parametrize(
+    ("key_set", "width", "dtype"),
+    [((0, 1, 2, 3, 4), 16, torch.float32), ((0, 1, 2, 3, 4), 16, torch.bfloat16), ((0, 1), 4, torch.bfloat16), ((0,), 64, torch.float32)],
+)
+def test_the_selection_compiles_into_the_shared_memory_of_hopper(key_set, width, dtype):
+    plan = plan_selection(key_set, num_sets=max(key_set) + 1, batch=1, capacity=4096, device="cpu")
+    q = torch.zeros(1, len(key_set), width, dtype=dtype)
+    k = torch.zeros(1, max(key_set) + 1, 4096, width, dtype=dtype).transpose(1, 2)
+    ids, count = torch.zeros(1, len(key_set), plan.capacity_blocks, dtype=torch.int32), torch.zeros(1, len(key_set), dtype=torch.int32)
+    launch = selection_kernel().describe(plan, q, k, torch.zeros(1, dtype=torch.int32), 1.0, 0.9, 4, ids, count)
+    assert compile_for_hopper(launch).metadata.shared <= 227 << 10
+
+
+def selection_kernel():
+    from rtpurbo.kernels.block_selection import kernel
+
+    return kernel
+
+
+def compile_for_hopper(launch):
+    """The launch's kernel, built without a GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
+    names, arguments = launch.kernel.arg_names, iter(launch.arguments)
+    signature, constants = {}, dict(launch.constants)
+    for name in names:
+        value = constants[name] if name in constants else next(arguments)
+        if name in constants:
+            signature[name] = "constexpr"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = types[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name.endswith("_ptr")}
+    source = ASTSource(launch.kernel, signature, values, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.num_warps})
+
+
+def test_a_pipeline_takes_the_stages_that_fit_into_shared_memory():
+    assert [stages_that_fit(4, step << 10) for step in (8, 64, 96, 160, 200)] == [4, 4, 3, 2, 1]
+    assert stages_that_fit(4, 64 << 10, 98 << 10) == 2
+
+
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    tokens=st.one_of(st.integers(1, 4096), st.integers(1, 1 << 21)),
+    kind=st.sampled_from(["any", "ties", "one hot", "equal", "wide"]),
+    top_p=st.sampled_from([0.01, 0.5, 0.9, 0.999]),
+)
+def test_the_definition_keeps_its_guarantee_up_to_two_million_tokens(seed, tokens, kind, top_p):
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-tokens // 64)
+    maximum = torch.randn(1, 1, blocks, generator=generator)
+    total = 1 + 63 * torch.rand(1, 1, blocks, generator=generator)
+    if kind == "ties":
+        maximum = maximum.round()
+    elif kind == "one hot":
+        maximum[..., seed % blocks] = 1e30
+    elif kind == "equal":
+        maximum[:], total[:] = -3.0, 64.0
+    elif kind == "wide":
+        maximum *= 1e4
+    mask = select_blocks(maximum[:, :, None], total[:, :, None], top_p=top_p, sinks=4)[:, :, 0]
+    assert_guarantee(mask, maximum, total, top_p, 0.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ties", "one hot", "equal", "wide"])
+@pytest.mark.parametrize("tokens", [777, 64 * 2049 + 1, 1 << 21])
+def test_ties_hot_equal_and_wide_keys_keep_the_guarantee_on_a_gpu(tokens, kind):
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    q = torch.randn(1, 2, 16, generator=generator, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(1, tokens, 1, 16, generator=generator, device="cuda", dtype=torch.bfloat16)
+    if kind == "ties":
+        q, k = q.round(), k.round()
+    elif kind == "one hot":
+        k[:, tokens // 3] = q[:, :1] * 40
+    elif kind == "equal":
+        k[:] = 0.5
+    elif kind == "wide":
+        k *= 4
+    check_selection_on_gpu(q, k, (0, 0), 0.9)
 
 
 def attend_inputs(batch, tokens, heads, kv_heads, dim, dtype=torch.float32, seed=0):
@@ -343,14 +441,13 @@ def test_plans_that_do_not_fit_are_refused():
 def test_real_shapes_keep_the_guarantee_on_a_gpu(tokens, key_set, dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    check_selection_on_gpu(tokens, key_set, dtype)
-
-
-def check_selection_on_gpu(tokens, key_set, dtype, top_p=0.9):
-    """Guarantee on the stored keys in fp64, and the set of the reference but for decisions within rounding."""
     q, k = peaked_index(key_set, num_sets=max(key_set) + 1, batch=1, tokens=tokens, hot_share=0.1, device="cuda", logit=9.0, seed=tokens)
-    if dtype == "fp8":
-        k = k.to(torch.float8_e4m3fn)
+    check_selection_on_gpu(q, k.to(torch.float8_e4m3fn) if dtype == "fp8" else k, key_set, 0.9)
+
+
+def check_selection_on_gpu(q, k, key_set, top_p):
+    """Guarantee on the stored keys in fp64, and the set of the reference but for decisions within rounding."""
+    tokens = k.shape[1]
     request = {"q": q, "k": k, "key_set": key_set, "lengths": [tokens], "scale": 1.0, "top_p": top_p, "plan": {}}
     answer = run_select(request, "cuda")
     maximum, total = (

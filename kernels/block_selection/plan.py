@@ -8,13 +8,14 @@ from itertools import pairwise
 
 import torch
 
-from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of
+from rtpurbo.kernels.division import STAGE_BYTES, group_heads, max_waiting, next_power_of_2, num_processors_of
 
 NUM_BINS = 256
-MAX_PARTS = 8
+MAX_PARTS = 16
+# Exact sums hold so many blocks: 19-bit limbs of one tile in 32 bits; a part's count in 13 bits.
+MAX_TILE, MAX_PART = 2048, 4096
 MAX_CHUNKS = 1024
 MIN_COLUMNS = 8
-STAGE_BYTES = 196 << 10
 MAX_TOKENS = 1 << 21
 
 
@@ -31,6 +32,7 @@ class SelectionPlan:
     max_selectors: int
     tile_blocks: int
     select_tile: int
+    part_blocks: int
     stages: int
     num_warps: int
     early_launch: bool
@@ -67,6 +69,15 @@ def divide_heads(key_set_H: Sequence[int], num_sets: int, sets_a_group: int) -> 
     return heads_JG, torch.where(heads_JG >= 0, set_H[heads_JG.clamp(min=0)], -1), first_J
 
 
+def check_capacity(name: str, capacity: int, block_size: int, select_tile: int) -> None:
+    """ValueError where the fixed-point sums of the selection could overflow."""
+    if capacity > MAX_TOKENS or capacity > MAX_PARTS * MAX_PART * block_size or select_tile > MAX_TILE or block_size > 128:
+        raise ValueError(
+            f"{name}: capacity {capacity} tokens in blocks of {block_size}, tiles of {select_tile}; the fixed-point sums hold "
+            f"{MAX_TOKENS} tokens, {MAX_PARTS * MAX_PART} blocks of up to 128, tiles of {MAX_TILE}"
+        )
+
+
 def plan_selection(
     key_set_H: Sequence[int],
     *,
@@ -78,6 +89,7 @@ def plan_selection(
     sets_a_group: int = 6,
     tile_blocks: int = 8,
     select_tile: int | None = None,
+    part_blocks: int = 2048,
     programs_per_processor: int = 1,
     stages: int | None = None,
     num_warps: int = 8,
@@ -91,29 +103,25 @@ def plan_selection(
         batch, capacity: largest batch and tokens of a sequence (the grid is sized for them).
         device: where the keys live.
         block_size: keys a block.
-        sets_a_group, tile_blocks, select_tile, programs_per_processor, stages, num_warps: work division, benchmarks/decode.md.
+        sets_a_group, tile_blocks, select_tile, part_blocks, programs_per_processor, stages, num_warps: work division, benchmarks/decode.md.
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
 
     Raises ValueError for a set without reader or out of range, and beyond 2^21 tokens.
     """
     device = torch.device(device)
     N = max(1, -(-capacity // block_size))
-    select_tile = select_tile or max(256, min(MAX_TOKENS // (2 * MAX_PARTS) // block_size, next_power_of_2(N)))
+    select_tile = select_tile or max(256, min(MAX_TILE, next_power_of_2(N)))
     if sorted(set(key_set_H)) != list(range(num_sets)):
         raise ValueError(f"plan_selection: key_set {list(key_set_H)} must name every set of 0 ... {num_sets - 1}")
-    if capacity > MAX_TOKENS or select_tile * block_size > MAX_TOKENS // (2 * MAX_PARTS):
-        raise ValueError(
-            f"plan_selection: capacity {capacity} tokens and tiles of {select_tile} blocks of {block_size}, "
-            f"the fixed-point sums hold {MAX_TOKENS} tokens and {MAX_TOKENS // (2 * MAX_PARTS)} a tile"
-        )
+    check_capacity("plan_selection", capacity, block_size, select_tile)
     num_processors = num_processors_of(device)
     H = len(key_set_H)
     heads_JG, set_slot_JG, first_J = divide_heads(key_set_H, num_sets, sets_a_group)
     groups = batch * (len(first_J) - 1)
     sets_in_group = max(after - first for first, after in pairwise(first_J))
     programs = num_processors * programs_per_processor
-    # One buffer a stage in shared memory (some compilers do with one fewer).
-    stages = stages or max(1, min(3, STAGE_BYTES // (sets_in_group * tile_blocks * block_size * 32)))
+    # The launch takes fewer where wide elements fill shared memory.
+    stages = stages or max(2, min(5, 1 + STAGE_BYTES // (sets_in_group * tile_blocks * block_size * 32)))
     chunks = min(MAX_CHUNKS, -(-N // tile_blocks), max(1, programs * sets_in_group // (batch * num_sets)))
     shape = {
         "block_max_BHN": ((batch, H, N), torch.float32),
@@ -133,6 +141,8 @@ def plan_selection(
         max_selectors=max_waiting(groups, num_processors) if device.type == "cuda" else 1,
         tile_blocks=tile_blocks,
         select_tile=select_tile,
+        # What does not fit a tile has at least two parts.
+        part_blocks=min(part_blocks, select_tile),
         stages=stages,
         num_warps=num_warps,
         early_launch=early_launch,

@@ -11,14 +11,17 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
+from rtpurbo.kernels.division import padded_width, stages_that_fit
 from rtpurbo.kernels.launch import Launch
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
+# Keys that are not divided between programs.
+UNIT = tl.constexpr(16)
 
 
 @triton.jit
-def attend_chunk(
+def attend_span(
     q_GD,
     k_base,
     v_base,
@@ -40,35 +43,37 @@ def attend_chunk(
     D_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Online softmax (base 2) of the job's heads over blocks first ... end - 1 of its list, STEP blocks at a time.
+    """Online softmax (base 2) of the job's heads over places first ... end - 1 of its list of keys, STEP at a time.
 
-    SHIFTED: slots from `sinks` on lie `shift` rows further (a window read from a cache by position).
+    HAS_IDS: place x is key x mod BLOCK of the block ids[x // BLOCK]; keys at or beyond `tokens` are not stored yet. Else place x
+    is slot x; SHIFTED: slots from `sinks` on lie `shift` rows further (a window read from a cache by position).
     """
     best_G = tl.full([G], float("-inf"), tl.float32)
     sum_G = tl.zeros([G], tl.float32)
     acc_GD = tl.zeros([G, D_PADDED], tl.float32)
     dim_D = tl.arange(0, D_PADDED)
-    row = tl.arange(0, STEP * BLOCK)
-    for i in tl.range(first, end, STEP, num_stages=STAGES):
-        place_s = i + row // BLOCK
-        listed_s = place_s < end
-        block_s = place_s
+    row_s = tl.arange(0, STEP)
+    for start in tl.range(first, end, STEP, num_stages=STAGES):
+        token_s = start + row_s
+        stored_s = token_s < end
         if HAS_IDS:
-            block_s = tl.load(ids_ptr + place_s, mask=listed_s, other=0)
-        token_s = block_s * BLOCK + row % BLOCK
-        stored_s = listed_s & (token_s < tokens)
+            block_s = tl.load(ids_ptr + token_s // BLOCK, mask=stored_s, other=0, cache_modifier=".cg")
+            token_s = block_s * BLOCK + token_s % BLOCK
+            stored_s = stored_s & (token_s < tokens)
         if SHIFTED:
             token_s = tl.where(token_s < sinks, token_s, token_s + shift)
-        row_s = token_s.to(tl.int64)[:, None]
+        offset_s = token_s.to(tl.int64)[:, None]
         # Rows that were never written may hold NaN: they are replaced, not only weighted with zero.
         mask_sD = stored_s[:, None] & (dim_D < D)[None, :]
-        k_sD = tl.load(k_base + row_s * stride_ks + dim_D[None, :], mask=mask_sD, other=0.0)
-        v_sD = tl.load(v_base + row_s * stride_vs + dim_D[None, :], mask=mask_sD, other=0.0)
+        k_sD = tl.load(k_base + offset_s * stride_ks + dim_D[None, :], mask=mask_sD, other=0.0)
+        v_sD = tl.load(v_base + offset_s * stride_vs + dim_D[None, :], mask=mask_sD, other=0.0)
         logits_Gs = tl.dot(q_GD, tl.trans(k_sD), input_precision="ieee") * scale_log2
         logits_Gs = tl.where(stored_s[None, :], logits_Gs, float("-inf"))
         new_best_G = tl.maximum(best_G, tl.max(logits_Gs, axis=1))
-        weight_Gs = tl.exp2(logits_Gs - new_best_G[:, None])
-        decay_G = tl.exp2(best_G - new_best_G)
+        # The first keys of a span may all be missing: exponentials must not see inf - inf.
+        safe_best_G = tl.where(new_best_G == float("-inf"), 0.0, new_best_G)
+        weight_Gs = tl.exp2(logits_Gs - safe_best_G[:, None])
+        decay_G = tl.exp2(best_G - safe_best_G)
         sum_G = sum_G * decay_G + tl.sum(weight_Gs, axis=1)
         acc_GD = acc_GD * decay_G[:, None] + tl.dot(weight_Gs.to(v_sD.dtype), v_sD, input_precision="ieee")
         best_G = new_best_G
@@ -159,22 +164,19 @@ def attend_decode_kernel(
         cuda.gdc_wait()
     length = tl.load(lengths_ptr + batch)
     tokens = tl.minimum(length, slots)
-    if HAS_IDS:
-        blocks_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0)
-    else:
-        blocks_J = tl.where(real_J, tl.cdiv(tokens, BLOCK), 0)
+    keys_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0) * BLOCK if HAS_IDS else tl.where(real_J, tokens, 0)
     # Equal chunks over all jobs of the sequence: a head with many blocks gets many programs.
-    chunk_blocks = tl.maximum(tl.cdiv(tl.sum(blocks_J), target_programs), 1)
-    chunks_J = tl.where(real_J, tl.maximum(tl.cdiv(blocks_J, chunk_blocks), 1), 0)
+    chunk_keys = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(keys_J), target_programs), UNIT), 1) * UNIT
+    chunks_J = tl.where(real_J, tl.maximum(tl.cdiv(keys_J, chunk_keys), 1), 0)
     ends_J = tl.cumsum(chunks_J, axis=0)
     job = tl.sum((real_J & (ends_J <= program)).to(tl.int32))
     if job >= num_jobs:
         return
     chunks = tl.sum(tl.where(job_J == job, chunks_J, 0))
-    blocks = tl.sum(tl.where(job_J == job, blocks_J, 0))
+    keys = tl.sum(tl.where(job_J == job, keys_J, 0))
     first_program = tl.sum(tl.where(job_J == job, ends_J, 0)) - chunks
-    first = (program - first_program) * chunk_blocks
-    end = tl.minimum(first + chunk_blocks, blocks)
+    first = (program - first_program) * chunk_keys
+    end = tl.minimum(first + chunk_keys, keys)
 
     head_G = tl.max(tl.where(job_J[:, None] == job, head_JG, -1), axis=0)
     kv_head = tl.sum(tl.where(job_J == job, kv_head_J, 0)).to(tl.int64)
@@ -184,7 +186,7 @@ def attend_decode_kernel(
     k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
     ids_ptr += (batch * num_jobs + job) * capacity
-    best_G, sum_G, acc_GD = attend_chunk(
+    best_G, sum_G, acc_GD = attend_span(
         q_GD, k_base, v_base, ids_ptr, first, end, tokens, sinks, length - tokens, stride_ks, stride_vs, scale_log2,
         HAS_IDS, BY_POSITION, BLOCK, STEP, D, G_PADDED, D_PADDED, STAGES,
     )  # fmt: skip
@@ -241,6 +243,7 @@ def describe(
     """
     B, H, D = q_BHD.shape
     J, G = plan.heads_JG.shape
+    D_padded = padded_width(D)
     return Launch(
         kernel=attend_decode_kernel,
         grid=(plan.programs + J, B),
@@ -256,15 +259,15 @@ def describe(
             "HAS_IDS": ids_BJN is not None,
             "BY_POSITION": window is not None,
             "BLOCK": plan.block_size,
-            "STEP": plan.step_blocks,
+            "STEP": plan.step_blocks * plan.block_size,
             "D": D,
-            "D_PADDED": triton.next_power_of_2(D),
+            "D_PADDED": D_padded,
             "G": G,
             # A matrix product has at least 16 rows.
             "G_PADDED": max(16, G),
             "J_PADDED": triton.next_power_of_2(J),
             "MERGE_TILE": plan.merge_tile,
-            "STAGES": plan.stages,
+            "STAGES": stages_that_fit(plan.stages, 2 * plan.step_blocks * plan.block_size * D_padded * k_BSKD.element_size()),
             "EARLY_LAUNCH": plan.early_launch,
         },
         num_warps=plan.num_warps,

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of
-
-STAGE_BYTES = 196 << 10
+from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +69,8 @@ def plan_attention(
     local_JG = group_heads([job_of[head] for head in heads], len(head_J))
     heads_JG = torch.where(local_JG >= 0, torch.tensor(heads)[local_JG.clamp(min=0)], -1)
     J, G = heads_JG.shape
-    # Wide heads: fewer keys a step, or registers spill. stages - 1 steps of keys and values are in shared memory at once.
+    # Wide heads: fewer keys a step, or registers spill.
     step_blocks = step_blocks if head_dim <= 128 else 1
-    step_bytes = 4 * step_blocks * block_size * next_power_of_2(head_dim)
-    stages = max(2, min(stages, 1 + STAGE_BYTES // step_bytes))
     num_processors = num_processors_of(device)
     programs = max(1, -(-num_processors * programs_per_processor // batch))
     slots = programs + J

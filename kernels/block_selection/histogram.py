@@ -1,0 +1,156 @@
+"""Histogram top-p over stored block scores: the selecting half of decode selection, in exact integers."""
+# Triton's compiler, not Python's type rules, decides what the jitted functions mean:
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
+
+# n blocks of a tile  b bins  P parts of a head's selection
+import triton
+import triton.language as tl
+
+BINS = tl.constexpr(256)
+BINS_PER_NAT = tl.constexpr(8.0)
+MASS_ONE = tl.constexpr(4294967296.0)
+# Masses of one tile as two limbs, whose sums fit 32 bits: 2^38 = 64 keys * 2^32, up to 4096 blocks.
+LIMB_BITS = tl.constexpr(19)
+LIMB_MASK = tl.constexpr((1 << 19) - 1)
+# A part has at most 4096 blocks of 64 keys: its mass stays below 2^51, its count within the 13 bits above.
+COUNT_SHIFT = tl.constexpr(51)
+COUNT_MASK = tl.constexpr((1 << 13) - 1)
+PACKED_MASS = tl.constexpr((1 << 51) - 1)
+HISTOGRAM_TILE = tl.constexpr(512)
+# A part ends at a multiple of this, whatever the tiles of the loops.
+PART_UNIT = tl.constexpr(256)
+
+
+@triton.jit
+def block_bin(block_max, top):
+    """Histogram bin of a block: 0 for the highest maximum, 255 open-ended."""
+    return tl.minimum((top - block_max) * BINS_PER_NAT, 255.0).to(tl.int32)
+
+
+@triton.jit
+def block_mass(block_max, block_sum, top):
+    """round(2^32 * l * exp(m - top)) as int64: the products are fp32, their sums exact."""
+    return (block_sum * tl.exp(block_max - top) * MASS_ONE + 0.5).to(tl.int64)
+
+
+@triton.jit
+def mass_needed(total, TOP_P: tl.constexpr):
+    return tl.ceil(total.to(tl.float64) * tl.full([], TOP_P, tl.float64)).to(tl.int64)
+
+
+@triton.jit
+def is_forced(block, blocks, SINK_BLOCKS: tl.constexpr):
+    return (block < SINK_BLOCKS) | (block >= blocks - 2)
+
+
+@triton.jit
+def parts_of(blocks, SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr):
+    """Into how many parts a head's selection is cut, and how many blocks each has."""
+    parts = tl.where(blocks <= SELECT_TILE, 1, tl.minimum(PARTS, tl.cdiv(blocks, PART_BLOCKS)))
+    return parts, tl.cdiv(tl.cdiv(blocks, parts), PART_UNIT) * PART_UNIT
+
+
+@triton.jit
+def masses_below(bin_n, limbs_n2, limit_4):
+    """Mass of the blocks whose bin is below each of four limits, as int64 [4].
+
+    Limbs of 19 bits: 32-bit sums are one instruction a warp, 64-bit ones are ten.
+    """
+    chosen_n4 = bin_n[:, None] < limit_4[None, :]
+    low_4, high_4 = tl.split(tl.sum(tl.where(chosen_n4[:, :, None], limbs_n2[:, None, :], 0), axis=0))
+    return low_4.to(tl.int64) + (high_4.to(tl.int64) << LIMB_BITS)
+
+
+@triton.jit
+def select_whole(max_ptr, sum_ptr, ids_ptr, blocks, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr):
+    """Select among blocks that fit one tile, in registers; returns the count.
+
+    The last bin taken is the largest n with forced mass + mass of the bins below n < needed: found two bits at a time from
+    masked sums, the same bin as a scan of the histogram gives.
+    """
+    block_n = tl.arange(0, TILE)
+    valid_n = block_n < blocks
+    max_n = tl.load(max_ptr + block_n, mask=valid_n, other=float("-inf"), cache_modifier=".cg")
+    sum_n = tl.load(sum_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
+    selected_n = valid_n
+    if TOP_P < 1.0:
+        top = tl.max(max_n)
+        max_n = tl.where(valid_n, max_n, top)
+        mass_n = tl.where(valid_n, block_mass(max_n, sum_n, top), 0)
+        limbs_n2 = tl.join((mass_n & LIMB_MASK).to(tl.int32), (mass_n >> LIMB_BITS).to(tl.int32))
+        # Forced blocks count from the start: they sit in a bin before the first.
+        bin_n = tl.where(is_forced(block_n, blocks, SINK_BLOCKS), -1, block_bin(max_n, top))
+        way_4 = tl.arange(0, 4)
+        # Limits 0 and above every bin: the forced mass and the total.
+        mass_4 = masses_below(bin_n, limbs_n2, tl.where(way_4 == 0, 0, BINS))
+        needed = mass_needed(tl.max(mass_4), TOP_P)
+        last = tl.where(tl.min(mass_4) < needed, 0, -1)
+        if last == 0:
+            for bits in range(6, -1, -2):
+                limit_4 = last + ((way_4 + 1) << bits)
+                below_4 = (masses_below(bin_n, limbs_n2, limit_4) < needed) & (way_4 < 3)
+                last += tl.sum(below_4.to(tl.int32)) << bits
+        selected_n = valid_n & (bin_n <= last)
+    place_n = tl.cumsum(selected_n.to(tl.int32), axis=0)
+    tl.store(ids_ptr + place_n - 1, block_n, mask=selected_n)
+    return tl.max(place_n)
+
+
+@triton.jit
+def sum_part(max_ptr, sum_ptr, histogram_ptr, forced_ptr, top, lo, hi, blocks, SINK_BLOCKS: tl.constexpr):
+    """Store one part's histogram: mass in the low 51 bits and number of the free blocks by bin; the forced ones apart.
+
+    No other program writes this histogram: it is cleared here, and the barrier orders that before the additions.
+    """
+    bin_b = tl.arange(0, BINS)
+    tl.store(histogram_ptr + bin_b, tl.zeros([BINS], tl.int64))
+    tl.debug_barrier()
+    forced = tl.zeros([], tl.int64)
+    for start in range(lo, hi, HISTOGRAM_TILE):
+        block_n = start + tl.arange(0, HISTOGRAM_TILE)
+        valid_n = block_n < hi
+        max_n = tl.load(max_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
+        sum_n = tl.load(sum_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
+        max_n = tl.where(valid_n, max_n, top)
+        packed_n = block_mass(max_n, sum_n, top) + (tl.full([], 1, tl.int64) << COUNT_SHIFT)
+        forced_n = valid_n & is_forced(block_n, blocks, SINK_BLOCKS)
+        free_n = valid_n & (forced_n == 0)
+        tl.atomic_add(histogram_ptr + block_bin(max_n, top), packed_n, mask=free_n, sem="relaxed", scope="gpu")
+        forced += tl.sum(tl.where(forced_n, packed_n, 0))
+    tl.store(forced_ptr, forced)
+
+
+@triton.jit
+def bins_and_offset(histogram_ptr, forced_ptr, part, parts, PARTS: tl.constexpr, TOP_P: tl.constexpr):
+    """Whole bins from the top until forced + binned mass >= top_p * total; where this part's ids start."""
+    part_p = tl.arange(0, PARTS)
+    bin_b = tl.arange(0, BINS)
+    used_p = part_p < parts
+    packed_pb = tl.load(histogram_ptr + part_p[:, None] * BINS + bin_b[None, :], mask=used_p[:, None], other=0, cache_modifier=".cg")
+    forced_p = tl.load(forced_ptr + part_p, mask=used_p, other=0, cache_modifier=".cg")
+    bins = tl.full([], BINS, tl.int32)
+    if TOP_P < 1.0:
+        mass_b = tl.sum(packed_pb & PACKED_MASS, axis=0)
+        upto_b = tl.cumsum(mass_b, axis=0) + tl.sum(forced_p & PACKED_MASS)
+        needed = mass_needed(tl.max(upto_b), TOP_P)
+        bins = tl.sum((upto_b - mass_b < needed).to(tl.int32))
+    count_pb = ((packed_pb >> COUNT_SHIFT) & COUNT_MASK).to(tl.int32)
+    count_b = tl.sum(tl.where((part_p < part)[:, None], count_pb, 0), axis=0)
+    forced_count_p = ((forced_p >> COUNT_SHIFT) & COUNT_MASK).to(tl.int32)
+    return bins, tl.sum(tl.where(bin_b < bins, count_b, 0)) + tl.sum(tl.where(part_p < part, forced_count_p, 0))
+
+
+@triton.jit
+def write_ids(max_ptr, ids_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr):
+    """Write the part's selected ids, ascending, from `offset` on; returns where they end."""
+    for start in range(lo, hi, TILE):
+        block_n = start + tl.arange(0, TILE)
+        valid_n = block_n < hi
+        max_n = tl.load(max_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
+        max_n = tl.where(valid_n, max_n, top)
+        selected_n = valid_n & (is_forced(block_n, blocks, SINK_BLOCKS) | (block_bin(max_n, top) < bins))
+        place_n = offset + tl.cumsum(selected_n.to(tl.int32), axis=0) - 1
+        tl.store(ids_ptr + place_n, block_n, mask=selected_n)
+        offset += tl.sum(selected_n.to(tl.int32))
+    return offset
