@@ -6,6 +6,7 @@ import torch
 from interpreter_process import interpreting, serve
 
 from rtpurbo.kernels.decode_layer import choose_impl, decode_layer, plan_decode_layer
+from rtpurbo.kernels.decode_layer.fused import is_faster
 from rtpurbo.kernels.local_attention import attend_local, ring_positions
 from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
 
@@ -24,6 +25,10 @@ def run_layer(request, device="cpu"):
         for part in (plan.selected, plan.everything, plan.local_window, plan.ring):
             if part is not None:
                 part.acc_BLGD.fill_(float("nan"))
+        if plan.fused is not None:
+            for scratch in (plan.fused.block_max_BHN, plan.fused.block_sum_BHN, plan.fused.acc_LD, plan.fused.local_acc_LGD):
+                scratch.fill_(float("nan"))
+            plan.fused.histogram_BHPb.fill_(-(1 << 30))
         out = torch.full_like(tensors["q_BHD"], float("nan"))
         _, selection = decode_layer(
             **tensors, plan=plan, lengths_B=lengths, scale=request["scale"], index_scale=1.0, top_p=request["top_p"], out_BHD=out,
@@ -53,7 +58,7 @@ def run(request):
 
 def layer_request(
     *, group_size, num_groups, counts, key_sets, lengths, capacity=64 * 18, dim=32, window=160, sinks=4, top_p=0.9, dense=False,
-    impl="composed", dtype=torch.float32, hot_share=0.15, seed=0, device="cpu",
+    impl="composed", dtype=torch.float32, hot_share=0.15, seed=0, device="cpu", block_size=64, index_dim=16,
 ):  # fmt: skip
     """Peaked queries and index keys; NaN in every row and slot that may not be read. The rings hold the last positions."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -84,6 +89,8 @@ def layer_request(
             dtype=dtype,
             seed=seed,
             device=device,
+            block_size=block_size,
+            index_dim=index_dim,
         )
         index_k = torch.cat([index_k, index_k.new_zeros(B, capacity - index_k.shape[1], *index_k.shape[2:])], dim=1)
     for b, length in enumerate(lengths):
@@ -91,7 +98,7 @@ def layer_request(
             tensor[b, length:] = float("nan")
     plan = {
         "group_size": group_size, "num_groups": num_groups, "retrieval_counts": counts, "key_sets": key_sets, "batch": B,
-        "capacity": capacity, "head_dim": dim, "window": window, "sinks": sinks, "block_size": 64, "dense": dense,
+        "capacity": capacity, "head_dim": dim, "window": window, "sinks": sinks, "block_size": block_size, "dense": dense,
     }  # fmt: skip
     tensors = dict(zip(TENSORS, (q, index_q, *(caches if retained else (None, None)), index_k, *rings), strict=True))
     if retained == num_groups:
@@ -133,10 +140,11 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("impl", ["composed", "fused"])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("lengths", [[64 * 17 + 1], [64 * 16, 1100, 0, 64 * 18]], ids=["one", "batch"])
-def test_a_decode_layer_equals_fp64_and_keeps_a_twentieth_to_half_of_its_blocks(run, layer, lengths):
-    request = layer_request(**LAYERS[layer], lengths=lengths)
+def test_a_decode_layer_equals_fp64_and_keeps_a_twentieth_to_half_of_its_blocks(run, layer, lengths, impl):
+    request = layer_request(**LAYERS[layer], lengths=lengths, impl=impl)
     count = assert_equals_fp64(run, request)
     assert count is not None
     blocks = torch.tensor([-(-length // 64) for length in lengths if length > 0])[:, None]
@@ -144,9 +152,22 @@ def test_a_decode_layer_equals_fp64_and_keeps_a_twentieth_to_half_of_its_blocks(
     assert ((count >= 0.05 * blocks) & (count <= 0.5 * blocks)).all(), count
 
 
+@pytest.mark.parametrize("impl", ["composed", "fused"])
+def test_a_selection_in_several_parts_equals_fp64(run, impl):
+    """Blocks of 16, so that a few thousand tokens are more blocks than a tile of the selection."""
+    request = layer_request(
+        group_size=2, num_groups=2, counts=(2, 1), key_sets=(0, 0, 1), lengths=[16 * 2200 + 3, 16 * 290, 0], capacity=16 * 2304, dim=16,
+        block_size=16, window=64, impl=impl,
+    )  # fmt: skip
+    count = assert_equals_fp64(run, request)
+    assert count is not None
+    assert ((count >= torch.tensor([[0.05 * 2201], [0.05 * 291]])) & (count <= torch.tensor([[0.5 * 2201], [0.5 * 291]]))).all(), count
+
+
+@pytest.mark.parametrize("impl", ["composed", "fused"])
 @pytest.mark.parametrize("length", [1, 3, 63, 64, 65, 129, 163, 164, 165, 700])
-def test_rings_that_are_not_full_just_full_and_wrapped_equal_fp64(run, length):
-    assert_equals_fp64(run, layer_request(**LAYERS["groups of 4, differing counts"], lengths=[length, 300], seed=length))
+def test_rings_that_are_not_full_just_full_and_wrapped_equal_fp64(run, length, impl):
+    assert_equals_fp64(run, layer_request(**LAYERS["groups of 4, differing counts"], lengths=[length, 300], seed=length, impl=impl))
 
 
 @pytest.mark.parametrize(
@@ -162,8 +183,11 @@ def test_layers_without_a_selection_equal_fp64(run, change, lengths):
     assert assert_equals_fp64(run, layer_request(**(LAYERS["groups of 4, differing counts"] | change), lengths=lengths)) is None
 
 
-def test_without_sinks_and_with_a_window_beyond_the_length_the_layer_equals_fp64(run):
-    assert_equals_fp64(run, layer_request(**LAYERS["groups of 4, differing counts"], lengths=[900, 64 * 18], sinks=0, window=1000))
+@pytest.mark.parametrize("impl", ["composed", "fused"])
+def test_without_sinks_and_with_a_window_beyond_the_length_the_layer_equals_fp64(run, impl):
+    assert_equals_fp64(
+        run, layer_request(**LAYERS["groups of 4, differing counts"], lengths=[900, 64 * 18], sinks=0, window=1000, impl=impl)
+    )
 
 
 def test_local_heads_of_the_definition_are_those_of_local_attention():
@@ -208,11 +232,33 @@ def test_the_definition_runs_on_the_cpu():
     assert choose_impl(plan_decode_layer(**request["plan"], device="cpu"), request["q_BHD"], top_p=0.9) == "reference"
 
 
+@pytest.mark.parametrize(
+    ("change", "faster"),
+    [
+        ({}, True),
+        ({"capability": (8, 0)}, False),
+        ({"dtype": torch.float32}, False),
+        ({"batch": 8}, False),
+        ({"window_in_cache": False}, False),
+    ],
+)
+def test_one_launch_is_chosen_only_where_it_was_measured_faster(change, faster):
+    measured = {"capability": (9, 0), "dtype": torch.bfloat16, "batch": 1, "head_dim": 128, "window_in_cache": True}
+    assert is_faster(**(measured | change)) == faster
+
+
+@pytest.mark.parametrize("index_dim", [4, 24])
+@pytest.mark.parametrize("impl", ["composed", "fused"])
+def test_narrow_index_keys_decode_as_in_fp64(run, impl, index_dim):
+    request = layer_request(**LAYERS["groups of 4, differing counts"], lengths=[64 * 17, 700], impl=impl, index_dim=index_dim)
+    assert_equals_fp64(run, request)
+
+
 QWEN = {"group_size": 8, "num_groups": 4, "dim": 128, "window": 8192}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["composed"])
+@pytest.mark.parametrize("impl", ["composed", "fused"])
 @pytest.mark.parametrize(
     ("counts", "key_sets"), [((5,), (0, 1, 2, 3, 4)), ((2, 1, 1, 1), (0, 0, 1, 2, 3)), ((8,), (0,) * 8)], ids=["A", "B", "C"]
 )

@@ -6,12 +6,12 @@ import importlib.util
 
 import torch
 
-from rtpurbo.kernels.decode_layer import reference
+from rtpurbo.kernels.decode_layer import fused, reference
 from rtpurbo.kernels.decode_layer.plan import DecodeLayerPlan, plan_decode_layer
 
 __all__ = ["DecodeLayerPlan", "choose_impl", "decode_layer", "plan_decode_layer"]
 
-IMPLEMENTATIONS = ("reference", "composed")
+IMPLEMENTATIONS = ("reference", "composed", "fused")
 
 
 def decode_layer(
@@ -62,7 +62,17 @@ def decode_layer(
         out_BHD = torch.empty_like(q_BHD)
     if out_BHD.shape != q_BHD.shape or out_BHD.stride(2) != 1:
         raise ValueError(f"decode_layer: out {tuple(out_BHD.shape)} does not fit q {tuple(q_BHD.shape)} (last axis contiguous)")
-    chosen = choose_impl(plan, q_BHD, top_p=top_p, impl=impl)
+    chosen = choose_impl(plan, q_BHD, k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD, top_p=top_p, impl=impl)
+    if chosen == "fused":
+        assert plan.fused is not None
+        assert index_q_BHR is not None
+        assert index_k_BSIR is not None
+        assert k_BSKD is not None
+        assert v_BSKD is not None
+        return out_BHD, fused.launch(
+            plan.fused, q_BHD, index_q_BHR, lengths_B, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD, scale, index_scale, top_p,
+            plan.window, plan.sinks, out_BHD,
+        )  # fmt: skip
     if chosen == "reference":
         run = reference.decode_layer
     else:
@@ -73,8 +83,22 @@ def decode_layer(
     return out_BHD, selection
 
 
-def choose_impl(plan: DecodeLayerPlan, q_BHD: torch.Tensor, *, top_p: float, impl: str = "auto") -> str:
-    """The implementation that `decode_layer` runs: "reference" on the CPU, "composed" on a GPU; a named one, or ValueError why not."""
+def choose_impl(
+    plan: DecodeLayerPlan,
+    q_BHD: torch.Tensor,
+    k_BSKD: torch.Tensor | None = None,
+    v_BSKD: torch.Tensor | None = None,
+    ring_k_BWKD: torch.Tensor | None = None,
+    ring_v_BWKD: torch.Tensor | None = None,
+    *,
+    top_p: float,
+    impl: str = "auto",
+) -> str:
+    """The implementation that `decode_layer` runs: a named one, or ValueError with what is in its way.
+
+    "auto" picks "reference" on the CPU; on a GPU "fused" (one launch) where the retrieval heads select, the tensors allow it and
+    `fused.is_faster` says so, else "composed".
+    """
     if impl == "reference" or (impl == "auto" and not q_BHD.is_cuda):
         return "reference"
     if impl not in ("auto", *IMPLEMENTATIONS):
@@ -85,7 +109,18 @@ def choose_impl(plan: DecodeLayerPlan, q_BHD: torch.Tensor, *, top_p: float, imp
 
     if not q_BHD.is_cuda and not knobs.runtime.interpret:
         raise ValueError(f"decode_layer: impl {impl!r} needs tensors on an NVIDIA GPU, found {q_BHD.device}")
-    return "composed" if impl == "auto" else impl
+    if impl == "composed":
+        return impl
+    obstacle = fused.obstacle(plan.fused, k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD)
+    if not plan.selects(top_p):
+        obstacle = "nothing is selected"
+    if impl == "fused" and obstacle is not None:
+        raise ValueError(f"decode_layer: impl 'fused' cannot run: {obstacle}")
+    if impl == "fused":
+        return impl
+    capability = torch.cuda.get_device_capability(q_BHD.device) if q_BHD.is_cuda else (0, 0)
+    faster = fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.head_dim, plan.local_window is not None)
+    return "fused" if obstacle is None and faster else "composed"
 
 
 def _check_queries(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from rtpurbo.kernels.block_selection import SelectionPlan, plan_selection
+from rtpurbo.kernels.decode_layer.fused import FusedPlan, plan_fused
 from rtpurbo.kernels.sparse_attention import AttendPlan, plan_attention
 
 # Of a ring all blocks are known beforehand: small steps leave room beside the selection (benchmarks/decode.md).
@@ -18,7 +19,8 @@ class DecodeLayerPlan:
     """Static facts and scratch memory of `decode_layer`; calls that share one must not overlap in time.
 
     Parts that the layer does not have are None: selection and selected (its retrieval heads, one job each), everything (all
-    heads of a KV group that read the whole cache), window (local heads of retained groups), ring (local groups).
+    heads of a KV group that read the whole cache), window (local heads of retained groups), ring (local groups);
+    fused (the same in one launch).
     """
 
     group_size: int
@@ -37,6 +39,7 @@ class DecodeLayerPlan:
     everything: AttendPlan | None
     local_window: AttendPlan | None
     ring: AttendPlan | None
+    fused: FusedPlan | None
     lse_BH: torch.Tensor
     side_stream: torch.cuda.Stream | None
 
@@ -122,6 +125,10 @@ def plan_decode_layer(
         everything=attention(start_K[: len(counts)], split_K, retained),
         local_window=attention(split_K, start_K[1 : len(counts) + 1], retained, **ring_options),
         ring=attention(start_K[len(counts) : -1], start_K[len(counts) + 1 :], [g - len(counts) for g in local], **ring_options),
+        fused=plan_fused(
+            group_size=group_size, num_groups=num_groups, retrieval_counts=counts, key_sets=sets, batch=batch, capacity=capacity,
+            head_dim=head_dim, block_size=block_size, device=device,
+        ) if sets and list(sets) == sorted(sets) else None,
         lse_BH=torch.zeros(batch, group_size * num_groups, dtype=torch.float32, device=device),
         side_stream=torch.cuda.Stream(device) if device.type == "cuda" and sets else None,
     )  # fmt: skip

@@ -1,0 +1,215 @@
+"""decode_layer as one launch: its scratch memory, what it can run, and the launcher."""
+
+# B batch  S cached tokens  W ring slots (sinks + window)  H retrieval heads  K kv heads  D head dim
+# I index-key sets  J groups of sets  R index dim  N blocks  L slots for partial results  P parts of a head's selection  b bins
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rtpurbo.kernels.block_selection.plan import MAX_PARTS, NUM_BINS, check_capacity, divide_heads
+from rtpurbo.kernels.division import STAGE_BYTES, next_power_of_2, num_processors_of, padded_width, stages_that_fit
+
+TILE_BYTES, SCRATCH_BYTES = 40 << 10, 8 << 10
+MAX_TILE_BLOCKS = 8
+# Up to this capacity two programs of four warps a multiprocessor, beyond it one of eight: benchmarks/decode.md.
+SHORT_CAPACITY = 1 << 16
+NEVER = -(1 << 31)
+LOG2E = 1.4426950408889634
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedPlan:
+    """Static facts and scratch memory of the one-launch decode; calls that share one must not overlap in time."""
+
+    batch: int
+    capacity_blocks: int
+    block_size: int
+    group_size: int
+    num_groups: int
+    num_retained: int
+    num_sets: int
+    num_heads: int
+    programs: int
+    pipeline_bytes: int
+    num_warps: int
+    tile_blocks: int
+    score_stages: int
+    sets_in_group: int
+    columns: int
+    select_tile: int
+    part_blocks: int
+    step: int
+    stages: int
+    local_step: int
+    local_stages: int
+    merge_tile: int
+    early_launch: bool
+    key_set_H: torch.Tensor
+    first_set_J: torch.Tensor
+    first_head_J: torch.Tensor
+    retrieval_K: torch.Tensor
+    block_max_BHN: torch.Tensor
+    block_sum_BHN: torch.Tensor
+    top_BH: torch.Tensor
+    histogram_BHPb: torch.Tensor
+    forced_BHP: torch.Tensor
+    acc_LD: torch.Tensor
+    best_L: torch.Tensor
+    sum_L: torch.Tensor
+    local_acc_LGD: torch.Tensor
+    local_best_LG: torch.Tensor
+    local_sum_LG: torch.Tensor
+    gates: torch.Tensor
+    head_counters: torch.Tensor
+
+
+def plan_fused(
+    *,
+    group_size: int,
+    num_groups: int,
+    retrieval_counts: Sequence[int],
+    key_sets: Sequence[int],
+    batch: int,
+    capacity: int,
+    head_dim: int,
+    block_size: int,
+    device: torch.device,
+    num_warps: int | None = None,
+    programs_per_processor: int | None = None,
+    tile_blocks: int | None = None,
+    score_stages: int = 3,
+    select_tile: int = 512,
+    part_blocks: int = 512,
+    step: int | None = None,
+    stages: int | None = None,
+    local_step: int = 64,
+    local_stages: int = 4,
+    merge_tile: int = 32,
+    early_launch: bool = False,
+) -> FusedPlan:
+    """Divide the work and allocate scratch memory; key_sets must ascend (the order of `runtime/layout.py`)."""
+    short = capacity <= SHORT_CAPACITY
+    num_warps = num_warps or (4 if short else 8)
+    programs_per_processor = programs_per_processor or (2 if short else 1)
+    step = step or (64 if short else 128)
+    stages = stages or (4 if short else 3)
+    H, num_sets, N = len(key_sets), max(key_sets) + 1, max(1, -(-capacity // block_size))
+    heads_JG, _, first_J = divide_heads(key_sets, num_sets, 6)
+    J = len(first_J) - 1
+    sets_in_group = max(first_J[j + 1] - first_J[j] for j in range(J))
+    tile_bytes = sets_in_group * block_size * 32
+    tile_blocks = tile_blocks or max(num_warps, min(MAX_TILE_BLOCKS, next_power_of_2(TILE_BYTES // tile_bytes + 1) // 2))
+    check_capacity("plan_decode_layer", capacity, block_size, select_tile)
+    # Wide heads: fewer keys a step.
+    row_bytes = 4 * next_power_of_2(head_dim)
+    step, local_step = (max(16, min(width, (64 << 10) // row_bytes)) for width in (step, local_step))
+    programs = num_processors_of(device) * programs_per_processor
+    slots, local_slots = programs + batch * H, programs + batch * num_groups
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def table(values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+    return FusedPlan(
+        batch=batch, capacity_blocks=N, block_size=block_size, group_size=group_size, num_groups=num_groups,
+        num_retained=len(retrieval_counts), num_sets=num_sets, num_heads=H, programs=programs,
+        pipeline_bytes=STAGE_BYTES // programs_per_processor, num_warps=num_warps,
+        tile_blocks=tile_blocks, score_stages=score_stages, sets_in_group=sets_in_group, columns=heads_JG.shape[1],
+        select_tile=select_tile, part_blocks=min(part_blocks, select_tile), step=step, stages=stages,
+        local_step=local_step, local_stages=local_stages, merge_tile=merge_tile, early_launch=early_launch,
+        key_set_H=table(key_sets),
+        first_set_J=table(first_J),
+        first_head_J=table([sum(key_set < first for key_set in key_sets) for first in first_J]),
+        retrieval_K=table([*retrieval_counts, *([0] * (num_groups - len(retrieval_counts)))]),
+        block_max_BHN=scratch(batch, H, N), block_sum_BHN=scratch(batch, H, N),
+        top_BH=torch.full((batch, H), NEVER, dtype=torch.int32, device=device),
+        histogram_BHPb=scratch(batch, H, MAX_PARTS, NUM_BINS, dtype=torch.int64),
+        forced_BHP=scratch(batch, H, MAX_PARTS, dtype=torch.int64),
+        acc_LD=scratch(slots, head_dim), best_L=scratch(slots), sum_L=scratch(slots),
+        local_acc_LGD=scratch(local_slots, group_size, head_dim), local_best_LG=scratch(local_slots, group_size),
+        local_sum_LG=scratch(local_slots, group_size),
+        gates=torch.zeros(48, dtype=torch.int64, device=device),
+        head_counters=torch.zeros(batch, H, 2, dtype=torch.int32, device=device),
+    )  # fmt: skip
+
+
+def is_faster(capability: tuple[int, int], dtype: torch.dtype, batch: int, head_dim: int, window_in_cache: bool) -> bool:
+    """Whether one launch was measured faster than the separate ones, or as fast (benchmarks/decode.md: H200, one sequence, bf16).
+
+    window_in_cache: a retained KV group has local heads, which the composition gives a launch of their own.
+    """
+    return capability == (9, 0) and dtype in (torch.bfloat16, torch.float16) and batch == 1 and head_dim <= 128 and window_in_cache
+
+
+def obstacle(
+    plan: FusedPlan | None,
+    k_BSKD: torch.Tensor | None,
+    v_BSKD: torch.Tensor | None,
+    ring_k: torch.Tensor | None,
+    ring_v: torch.Tensor | None,
+) -> str | None:
+    """Why these tensors cannot run in one launch, or None."""
+    if plan is None:
+        return "the plan selects nothing, or its key sets do not ascend"
+    for name, k, v in (("k and v", k_BSKD, v_BSKD), ("ring_k and ring_v", ring_k, ring_v)):
+        if k is not None and v is not None and (k.stride() != v.stride() or k.stride(3) != 1):
+            return f"{name} need equal strides and a contiguous last axis, found {k.stride()} and {v.stride()}"
+    return None
+
+
+def launch(
+    plan: FusedPlan,
+    q_BHD: torch.Tensor,
+    index_q_BHR: torch.Tensor,
+    lengths_B: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    index_k_BSIR: torch.Tensor,
+    ring_k_BWKD: torch.Tensor | None,
+    ring_v_BWKD: torch.Tensor | None,
+    scale: float,
+    index_scale: float,
+    top_p: float,
+    window: int,
+    sinks: int,
+    out_BHD: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the kernel with the plan's workspace; writes out, returns (ids, count). On a CPU (the interpreter runs one program
+    after the other) the stretches between its gates are launches of their own."""
+    from rtpurbo.kernels.decode_layer.fused_kernel import decode_layer_kernel
+
+    (B, _, D), R = q_BHD.shape, index_q_BHR.shape[2]
+    tile_bytes = plan.sets_in_group * plan.tile_blocks * plan.block_size * padded_width(R) * index_k_BSIR.element_size()
+    row_bytes = 2 * padded_width(D) * k_BSKD.element_size()
+    H = plan.num_heads
+    ids_BHN = torch.empty(B, H, plan.capacity_blocks, dtype=torch.int32, device=q_BHD.device)
+    count_BH = torch.empty(B, H, dtype=torch.int32, device=q_BHD.device)
+    ring_k, ring_v = (k_BSKD, v_BSKD) if ring_k_BWKD is None or ring_v_BWKD is None else (ring_k_BWKD, ring_v_BWKD)
+    for phase in (0,) if q_BHD.is_cuda else (1, 2, 3, 4):
+        decode_layer_kernel[(plan.programs,)](
+            q_BHD, k_BSKD, v_BSKD, ring_k, ring_v, out_BHD, index_q_BHR, index_k_BSIR, lengths_B,
+            plan.key_set_H, plan.first_set_J, plan.first_head_J, plan.retrieval_K,
+            plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb, plan.forced_BHP,
+            plan.acc_LD, plan.best_L, plan.sum_L, plan.local_acc_LGD, plan.local_best_LG, plan.local_sum_LG,
+            plan.gates, plan.head_counters, ids_BHN, count_BH,
+            B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,
+            float(scale) * LOG2E, float(index_scale),
+            q_BHD.stride(0), q_BHD.stride(1), k_BSKD.stride(0), k_BSKD.stride(1), k_BSKD.stride(2),
+            ring_k.stride(0), ring_k.stride(1), ring_k.stride(2), out_BHD.stride(0), out_BHD.stride(1),
+            index_q_BHR.stride(0), index_q_BHR.stride(1), index_k_BSIR.stride(0), index_k_BSIR.stride(1), index_k_BSIR.stride(2),
+            PHASE=phase, TOP_P=float(top_p), SINK_BLOCKS=-(-sinks // plan.block_size), BLOCK=plan.block_size, GROUP=plan.group_size,
+            B_PADDED=next_power_of_2(plan.batch), K_PADDED=next_power_of_2(plan.num_groups),
+            J=plan.first_set_J.shape[0] - 1, J_PADDED=next_power_of_2(plan.first_set_J.shape[0] - 1),
+            JOBS_PADDED=next_power_of_2(plan.batch * H), G=plan.columns, R=R, R_PADDED=padded_width(R), SETS=plan.sets_in_group,
+            TILE_BLOCKS=plan.tile_blocks, SCORE_STAGES=stages_that_fit(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES),
+            SELECT_TILE=plan.select_tile, PART_BLOCKS=plan.part_blocks, PARTS=MAX_PARTS,
+            D=D, D_PADDED=padded_width(D), GROUP_PADDED=padded_width(plan.group_size),
+            STEP=plan.step, STAGES=stages_that_fit(plan.stages, plan.step * row_bytes, plan.pipeline_bytes), LOCAL_STEP=plan.local_step,
+            LOCAL_STAGES=stages_that_fit(plan.local_stages, plan.local_step * row_bytes, plan.pipeline_bytes),
+            MERGE_TILE=plan.merge_tile, WARPS=plan.num_warps, num_warps=plan.num_warps, EARLY_LAUNCH=plan.early_launch,
+            launch_pdl=plan.early_launch, launch_cooperative_grid=q_BHD.is_cuda and not plan.early_launch,
+        )  # fmt: skip
+    return ids_BHN, count_BH

@@ -1,0 +1,362 @@
+"""The whole decode step of a layer as one launch in Triton: programs that run all at once pass three gates together."""
+# Triton's compiler, not Python's type rules, decides what the jitted functions mean:
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAssignmentType=false
+
+# B batch  S cached tokens  W ring slots  H retrieval heads  K kv heads  J groups of index-key sets  I index-key sets
+# G heads of a group of sets (padded)  L heads of a KV group (padded)  D head dim  R index dim  N blocks  P parts of a head's selection
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from rtpurbo.kernels.arrival import arrive, wait_until
+from rtpurbo.kernels.block_selection.histogram import BINS, bins_and_offset, parts_of, select_whole, sum_part, write_ids
+from rtpurbo.kernels.block_selection.scoring import score_chunk
+from rtpurbo.kernels.sparse_attention.kernel import attend_span, merge_head
+
+# Keys that are not divided between programs.
+UNIT = tl.constexpr(16)
+NEVER = tl.constexpr(-(1 << 31))
+# Counters lie in memory lines of their own.
+LINE = tl.constexpr(16)
+
+
+@triton.jit
+def at(values_x, index_x, index):
+    return tl.sum(tl.where(index_x == index, values_x, 0))
+
+
+@triton.jit
+def before(values_x, index_x, index):
+    return tl.sum(tl.where(index_x < index, values_x, 0))
+
+
+@triton.jit
+def ordered_key(value):
+    """int32 that sorts like the fp32 value, so that an integer maximum serves."""
+    bits = value.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
+def value_of_key(key):
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def select_jobs(
+    selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr, forced_ptr,
+    head_counter_ptr, ids_ptr, count_ptr, SUMS: tl.constexpr, WRITES: tl.constexpr, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr,
+    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One selector's share of the jobs: a head, or a part of one whose histograms must be summed before any id is written."""
+    # A dynamic bound, not a branch: each loop is compiled once.
+    whole = tl.where(max_parts == 1, jobs, 0)
+    parted = jobs - whole
+    if SUMS:
+        for row in range(selector, whole, selectors):
+            blocks = at(blocks_B, batch_B, row // num_heads)
+            start = (tl.zeros([], tl.int64) + row) * capacity
+            count = select_whole(max_ptr + start, sum_ptr + start, ids_ptr + start, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE)
+            tl.store(count_ptr + row, count)
+        for job in range(selector, parted, selectors):
+            row = job // max_parts
+            part = job % max_parts
+            blocks = at(blocks_B, batch_B, row // num_heads)
+            parts, part_blocks = parts_of(blocks, SELECT_TILE, PART_BLOCKS, PARTS)
+            if part < parts:
+                start = (tl.zeros([], tl.int64) + row) * capacity
+                lo = part * part_blocks
+                top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
+                sum_part(
+                    max_ptr + start, sum_ptr + start, histogram_ptr + (row * PARTS + part) * BINS, forced_ptr + row * PARTS + part,
+                    top, lo, tl.minimum(lo + part_blocks, blocks), blocks, SINK_BLOCKS,
+                )  # fmt: skip
+                arrive(head_counter_ptr + 2 * row)
+    if WRITES:
+        for job in range(selector, parted, selectors):
+            row = job // max_parts
+            part = job % max_parts
+            blocks = at(blocks_B, batch_B, row // num_heads)
+            parts, part_blocks = parts_of(blocks, SELECT_TILE, PART_BLOCKS, PARTS)
+            if part < parts:
+                start = (tl.zeros([], tl.int64) + row) * capacity
+                lo = part * part_blocks
+                top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
+                wait_until(head_counter_ptr + 2 * row, parts, tl.zeros([], tl.int32))
+                bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
+                end = write_ids(
+                    max_ptr + start, ids_ptr + start, offset, top, bins, lo, tl.minimum(lo + part_blocks, blocks), blocks,
+                    SINK_BLOCKS, PART_BLOCKS,
+                )  # fmt: skip
+                if part == parts - 1:
+                    tl.store(count_ptr + row, end)
+
+
+@triton.jit
+def store_normalised(out_ptr, stride_oh, row_G, used_G, acc_GD, sum_G, D: tl.constexpr, D_PADDED: tl.constexpr):
+    dim_D = tl.arange(0, D_PADDED)
+    out_GD = acc_GD / sum_G[:, None]
+    tl.store(
+        out_ptr + row_G[:, None] * stride_oh + dim_D[None, :], out_GD.to(out_ptr.dtype.element_ty),
+        mask=used_G[:, None] & (dim_D < D)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def store_partial(
+    acc_ptr, best_ptr, sum_ptr, row_G, used_G, acc_GD, best_G, sum_G, D: tl.constexpr, D_PADDED: tl.constexpr
+):  # fmt: skip
+    dim_D = tl.arange(0, D_PADDED)
+    tl.store(best_ptr + row_G, best_G, mask=used_G)
+    tl.store(sum_ptr + row_G, sum_G, mask=used_G)
+    tl.store(acc_ptr + row_G[:, None] * D + dim_D[None, :], acc_GD, mask=used_G[:, None] & (dim_D < D)[None, :])
+
+
+@triton.jit
+def decode_layer_kernel(
+    q_ptr,  # [B, heads, D], last axis contiguous
+    k_ptr,  # [B, S, retained K, D], last axis contiguous
+    v_ptr,  # like k, equal strides
+    ring_k_ptr,  # [B, W, local K, D], last axis contiguous
+    ring_v_ptr,  # like ring_k, equal strides
+    out_ptr,  # [B, heads, D], last axis contiguous
+    index_q_ptr,  # [B, H, R]
+    index_k_ptr,  # [B, S, I, R], last axis contiguous
+    lengths_ptr,  # int32 [B]
+    key_set_ptr,  # int32 [H], ascending
+    first_set_ptr,  # int32 [J + 1]: the first set of every group
+    first_head_ptr,  # int32 [J + 1]: the first retrieval head of every group
+    retrieval_ptr,  # int32 [K]: retrieval heads of every KV group
+    max_ptr,  # fp32 [B, H, N]
+    sum_ptr,  # fp32 [B, H, N]
+    top_ptr,  # int32 [B, H], NEVER between launches
+    histogram_ptr,  # int64 [B, H, P, 256]
+    forced_ptr,  # int64 [B, H, P]
+    acc_ptr,  # fp32 [programs + B * H, D]: partial results of the retrieval heads
+    best_ptr,  # fp32 [programs + B * H]
+    expsum_ptr,  # fp32 [programs + B * H]
+    local_acc_ptr,  # fp32 [programs + B * K, GROUP, D]: those of the local heads
+    local_best_ptr,  # fp32 [programs + B * K, GROUP]
+    local_expsum_ptr,  # fp32 [programs + B * K, GROUP]
+    gate_ptr,  # int64 [3 * LINE]: scored, selected, local parts stored; every launch adds `programs` to each
+    head_counter_ptr,  # int32 [B, H, 2]: parts summed, parts attended; zero between launches
+    ids_ptr,  # int32 [B, H, N]
+    count_ptr,  # int32 [B, H]
+    batch, num_heads, num_groups, num_retained, num_sets, capacity, slots, sinks, scale_log2, index_scale,
+    stride_qb, stride_qh, stride_kb, stride_ks, stride_kh, stride_rb, stride_rs, stride_rh, stride_ob, stride_oh,
+    stride_iqb, stride_iqh, stride_ikb, stride_iks, stride_iki,
+    PHASE: tl.constexpr,  # 0: everything in one launch; 1 ... 4: one of the stretches between gates, where nothing waits
+    TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    B_PADDED: tl.constexpr, K_PADDED: tl.constexpr, J: tl.constexpr, J_PADDED: tl.constexpr, JOBS_PADDED: tl.constexpr,
+    G: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SETS: tl.constexpr, TILE_BLOCKS: tl.constexpr, SCORE_STAGES: tl.constexpr,
+    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    LOCAL_STEP: tl.constexpr, LOCAL_STAGES: tl.constexpr, MERGE_TILE: tl.constexpr, WARPS: tl.constexpr, EARLY_LAUNCH: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    batch_B = tl.arange(0, B_PADDED)
+    group_K = tl.arange(0, K_PADDED)
+    group_J = tl.arange(0, J_PADDED)
+    slot_G = tl.arange(0, G)
+    dim_R = tl.arange(0, R_PADDED)
+    real_R = dim_R < R
+    dim_D = tl.arange(0, D_PADDED)
+    # All small tables at once: one trip to memory before the keys, not four.
+    retrieval_K = tl.load(retrieval_ptr + group_K, mask=group_K < num_groups, other=GROUP)
+    set_end_J = tl.load(first_set_ptr + 1 + group_J, mask=group_J < J, other=1 << 20)
+    if EARLY_LAUNCH:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    length_B = tl.load(lengths_ptr + batch_B, mask=batch_B < batch, other=0)
+    blocks_B = tl.cdiv(length_B, BLOCK)
+    num_jobs = batch * num_heads
+
+    # First stretch: every program scores an equal share of the index keys.
+    if PHASE == 0 or PHASE == 1:
+        first_set = tl.zeros([], tl.int32)
+        sets = num_sets + first_set
+        head_G = tl.where(slot_G < num_heads, slot_G, -1)
+        set_slot_G = tl.load(key_set_ptr + head_G, mask=head_G >= 0, other=-1)
+        used_GR = (head_G >= 0)[:, None] & real_R[None, :]
+        q_GR = tl.load(index_q_ptr + head_G[:, None] * stride_iqh + dim_R[None, :], mask=used_GR, other=0.0)
+        tiles_B = tl.cdiv(blocks_B, TILE_BLOCKS)
+        ends_B = tl.cumsum(tiles_B, axis=0) * num_sets
+        total = tl.sum(tiles_B) * num_sets
+        share = tl.cdiv(total, programs)
+        pos = program * share
+        stop = tl.minimum(pos + share, total)
+        while pos < stop:
+            b = tl.sum((ends_B <= pos).to(tl.int32))
+            tiles = at(tiles_B, batch_B, b)
+            start = at(ends_B, batch_B, b) - tiles * num_sets
+            if J > 1:
+                group = tl.sum((tiles * set_end_J <= pos - start).to(tl.int32))
+                first_set = tl.load(first_set_ptr + group)
+                sets = at(set_end_J, group_J, group) - first_set
+                head_G = tl.load(first_head_ptr + group) + slot_G
+                head_G = tl.where(head_G < tl.load(first_head_ptr + group + 1), head_G, -1)
+                set_slot_G = tl.load(key_set_ptr + head_G, mask=head_G >= 0, other=-1) - first_set
+                start += tiles * first_set
+            segment_stop = tl.minimum(stop, start + tiles * sets)
+            b = b.to(tl.int64)
+            if B_PADDED > 1 or J > 1:
+                used_GR = (head_G >= 0)[:, None] & real_R[None, :]
+                q_GR = tl.load(index_q_ptr + b * stride_iqb + head_G[:, None] * stride_iqh + dim_R[None, :], mask=used_GR, other=0.0)
+            row_G = b * num_heads + tl.maximum(head_G, 0)
+            best_G = score_chunk(
+                q_GR, set_slot_G, index_k_ptr + b * stride_ikb + first_set.to(tl.int64) * stride_iki,
+                max_ptr + row_G * capacity, sum_ptr + row_G * capacity, head_G,
+                tl.cdiv(pos - start, sets), tl.cdiv(segment_stop - start, sets), at(length_B, batch_B, b), sets,
+                stride_iks, stride_iki, index_scale, BLOCK, R, R_PADDED, G, SETS, TILE_BLOCKS, WARPS, SCORE_STAGES,
+            )  # fmt: skip
+            tl.atomic_max(top_ptr + row_G, ordered_key(best_G), mask=(head_G >= 0) & (best_G > float("-inf")), sem="relaxed", scope="gpu")
+            pos = segment_stop
+    rank = program
+    target = tl.zeros([], tl.int64)
+    ticket = tl.zeros([], tl.int64)
+    if PHASE == 0:
+        ticket = arrive(gate_ptr)
+        rank = (ticket % programs).to(tl.int32)
+        target = ticket - rank + programs
+
+    # Second stretch: those that arrived last select, the others attend for the local heads.
+    max_parts, part_blocks = parts_of(tl.max(blocks_B), SELECT_TILE, PART_BLOCKS, PARTS)
+    jobs = num_jobs * max_parts
+    selectors = tl.where(jobs * 3 <= programs * 2, jobs, programs)
+    workers = tl.where(selectors < programs, programs - selectors, programs)
+    selector = rank - (programs - selectors)
+    if (PHASE == 0 or PHASE == 2 or PHASE == 3) and selector >= 0:
+        if PHASE == 0:
+            wait_until(gate_ptr, target, ticket + 1)
+        select_jobs(
+            selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr,
+            forced_ptr, head_counter_ptr, ids_ptr, count_ptr, PHASE != 3, PHASE != 2, TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS,
+        )  # fmt: skip
+        if PHASE == 0:
+            arrive(gate_ptr + LINE, tl.where(selector == 0, programs - selectors + 1, 1))
+
+    # Local jobs: one a sequence and KV group with local heads; their slots are divided into equal shares.
+    local_K = (retrieval_K < GROUP).to(tl.int32)
+    num_local = tl.sum(local_K)
+    nth_K = tl.cumsum(local_K, axis=0) - local_K
+    filled_B = tl.minimum(length_B, slots)
+    units_B = tl.cdiv(filled_B, UNIT)
+    local_ends_B = tl.cumsum(units_B, axis=0) * num_local
+    local_share = tl.maximum(tl.cdiv(tl.sum(units_B) * num_local, workers), 1)
+    group_L = tl.arange(0, GROUP_PADDED)
+    if (PHASE == 0 or PHASE == 2) and (rank < workers):
+        pos = rank * local_share
+        stop = tl.minimum(pos + local_share, tl.sum(units_B) * num_local)
+        while pos < stop:
+            b = tl.sum((local_ends_B <= pos).to(tl.int32))
+            units = at(units_B, batch_B, b)
+            start = at(local_ends_B, batch_B, b) - units * num_local
+            nth = (pos - start) // units
+            group = tl.sum(tl.where((local_K == 1) & (nth_K == nth), group_K, 0))
+            start += nth * units
+            segment_stop = tl.minimum(stop, start + units)
+            filled = at(filled_B, batch_B, b)
+            used_L = (group_L >= at(retrieval_K, group_K, group)) & (group_L < GROUP)
+            item = b * num_local + nth
+            b = b.to(tl.int64)
+            head_L = group * GROUP + group_L
+            q_LD = tl.load(
+                q_ptr + b * stride_qb + head_L[:, None] * stride_qh + dim_D[None, :],
+                mask=used_L[:, None] & (dim_D < D)[None, :], other=0.0,
+            )  # fmt: skip
+            offset = b * stride_rb + (group - num_retained).to(tl.int64) * stride_rh
+            k_base = ring_k_ptr + offset
+            v_base = ring_v_ptr + offset
+            stride = stride_rs + tl.zeros([], tl.int32)
+            shift = tl.zeros([], tl.int32)
+            if group < num_retained:
+                offset = b * stride_kb + group.to(tl.int64) * stride_kh
+                k_base = k_ptr + offset
+                v_base = v_ptr + offset
+                stride = stride_ks + tl.zeros([], tl.int32)
+                shift = at(length_B, batch_B, b) - filled
+            best_L, expsum_L, acc_LD = attend_span(
+                q_LD, k_base, v_base, ids_ptr, (pos - start) * UNIT, tl.minimum((segment_stop - start) * UNIT, filled), filled,
+                sinks, shift, stride, stride, scale_log2, False, True, BLOCK, LOCAL_STEP, D, GROUP_PADDED, D_PADDED, LOCAL_STAGES,
+            )  # fmt: skip
+            if segment_stop - pos == units:
+                store_normalised(out_ptr + b * stride_ob, stride_oh, head_L, used_L, acc_LD, expsum_L, D, D_PADDED)
+            else:
+                row_L = (rank + item) * GROUP + group_L
+                store_partial(local_acc_ptr, local_best_ptr, local_expsum_ptr, row_L, used_L, acc_LD, best_L, expsum_L, D, D_PADDED)
+            pos = segment_stop
+        if PHASE == 0:
+            arrive(gate_ptr + 2 * LINE, tl.where(rank == 0, programs - workers + 1, 1))
+
+    # Third stretch: all programs attend to equal shares of all lists; the last one of a head merges its parts.
+    if PHASE == 0 or PHASE == 4:
+        if PHASE == 0:
+            wait_until(gate_ptr + LINE, target, tl.zeros([], tl.int64))
+        job_X = tl.arange(0, JOBS_PADDED)
+        real_X = job_X < num_jobs
+        if program == programs - 1:
+            tl.store(head_counter_ptr + 2 * job_X, tl.zeros([JOBS_PADDED], tl.int32), mask=real_X)
+            tl.store(top_ptr + job_X, tl.full([JOBS_PADDED], NEVER, tl.int32), mask=real_X)
+        units_X = tl.load(count_ptr + job_X, mask=real_X, other=0, cache_modifier=".cg") * (BLOCK // UNIT)
+        ends_X = tl.cumsum(units_X, axis=0)
+        total = tl.sum(units_X)
+        share = tl.maximum(tl.cdiv(total, programs), 1)
+        upto_K = tl.cumsum(tl.where(group_K < num_retained, retrieval_K, 0), axis=0)
+        pos = program * share
+        stop = tl.minimum(pos + share, total)
+        while pos < stop:
+            job = tl.sum((ends_X <= pos).to(tl.int32))
+            units = at(units_X, job_X, job)
+            start = at(ends_X, job_X, job) - units
+            segment_stop = tl.minimum(stop, start + units)
+            group = tl.sum((upto_K <= job % num_heads).to(tl.int32))
+            head = group * GROUP + job % num_heads - before(tl.where(group_K < num_retained, retrieval_K, 0), group_K, group)
+            b = (job // num_heads).to(tl.int64)
+            head_x = head + tl.zeros([16], tl.int32)
+            used_x = tl.arange(0, 16) == 0
+            q_xD = tl.load(
+                q_ptr + b * stride_qb + head_x[:, None] * stride_qh + dim_D[None, :],
+                mask=used_x[:, None] & (dim_D < D)[None, :], other=0.0,
+            )  # fmt: skip
+            offset = b * stride_kb + group.to(tl.int64) * stride_kh
+            best_x, expsum_x, acc_xD = attend_span(
+                q_xD, k_ptr + offset, v_ptr + offset, ids_ptr + job.to(tl.int64) * capacity,
+                (pos - start) * UNIT, (segment_stop - start) * UNIT, at(length_B, batch_B, b), 0, 0, stride_ks, stride_ks, scale_log2,
+                True, False, BLOCK, STEP, D, 16, D_PADDED, STAGES,
+            )  # fmt: skip
+            if segment_stop - pos == units:
+                store_normalised(out_ptr + b * stride_ob, stride_oh, head_x, used_x, acc_xD, expsum_x, D, D_PADDED)
+            else:
+                row_x = program + job + tl.zeros([16], tl.int32)
+                store_partial(acc_ptr, best_ptr, expsum_ptr, row_x, used_x, acc_xD, best_x, expsum_x, D, D_PADDED)
+                first_program = start // share
+                chunks = (start + units - 1) // share - first_program + 1
+                if arrive(head_counter_ptr + 2 * job + 1) == chunks - 1:
+                    tl.store(head_counter_ptr + 2 * job + 1, 0)
+                    row = first_program + job
+                    out_D, lse = merge_head(acc_ptr + row * D, best_ptr + row, expsum_ptr + row, chunks, 1, D, D_PADDED, MERGE_TILE)
+                    out_ptrs_D = out_ptr + b * stride_ob + head * stride_oh + dim_D
+                    tl.store(out_ptrs_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
+            pos = segment_stop
+
+        # The local heads' parts were stored long ago; programs without blocks come first.
+        merge = programs - 1 - program
+        if PHASE == 0 and merge < batch * num_groups * GROUP:
+            wait_until(gate_ptr + 2 * LINE, target, tl.zeros([], tl.int64))
+        for head in range(merge, batch * num_groups * GROUP, programs):
+            b = head // (num_groups * GROUP)
+            group = head // GROUP % num_groups
+            units = at(units_B, batch_B, b)
+            nth = at(nth_K, group_K, group)
+            start = at(local_ends_B, batch_B, b) - units * (num_local - nth)
+            first_worker = start // local_share
+            chunks = (start + units - 1) // local_share - first_worker + 1
+            if (head % GROUP >= at(retrieval_K, group_K, group)) & (units > 0) & (chunks > 1):
+                row = (first_worker + b * num_local + nth) * GROUP + head % GROUP
+                out_D, lse = merge_head(
+                    local_acc_ptr + row * D, local_best_ptr + row, local_expsum_ptr + row, chunks, GROUP, D, D_PADDED, MERGE_TILE
+                )
+                out_ptrs_D = out_ptr + (tl.zeros([], tl.int64) + b) * stride_ob + (head % (num_groups * GROUP)) * stride_oh + dim_D
+                tl.store(out_ptrs_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
