@@ -6,7 +6,7 @@ Run from the repository root: `python benchmarks/decode.py --out benchmarks/deco
 # B batch  S cached tokens  H query heads  I index-key sets  K kv heads  D head dim  R index dim  W ring slots
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rtpurbo.kernels.bench import READ_BANDWIDTH_GB_S, rotations, time_graph, versions, write_csv
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
-from rtpurbo.kernels.local_attention.decode_kernel import attend_slots
+from rtpurbo.kernels.decode_layer import decode_layer, plan_decode_layer
+from rtpurbo.kernels.decode_layer.fused import plan_fused
 from rtpurbo.kernels.sparse_attention import attend_selected, plan_attention
 from rtpurbo.kernels.testing import peaked_index
 
 K32, K128, M1 = 1 << 15, 1 << 17, 1 << 20
 WINDOW, SINKS, D, R, BLOCK = 8192, 4, 128, 16, 64
 SCALE = D**-0.5
-# Of the ring all blocks are known beforehand: small steps leave room beside the selection.
-RING_PLAN: dict[str, Any] = {"step_blocks": 1, "stages": 4}
 # Retrieval heads of the layer (32 query heads, 4 KV groups of 8), the index-key set and the KV head of each.
 LAYOUTS = {
-    "A": {"heads": (0, 1, 2, 3, 4), "key_set": (0, 1, 2, 3, 4), "kv": (0, 0, 0, 0, 0)},
-    "B": {"heads": (0, 1, 8, 16, 24), "key_set": (0, 0, 1, 2, 3), "kv": (0, 0, 1, 2, 3)},
-    "C": {"heads": tuple(range(8)), "key_set": (0,) * 8, "kv": (0,) * 8},
+    "A": {"heads": (0, 1, 2, 3, 4), "key_set": (0, 1, 2, 3, 4), "kv": (0, 0, 0, 0, 0), "counts": (5,)},
+    "B": {"heads": (0, 1, 8, 16, 24), "key_set": (0, 0, 1, 2, 3), "kv": (0, 0, 1, 2, 3), "counts": (2, 1, 1, 1)},
+    "C": {"heads": tuple(range(8)), "key_set": (0,) * 8, "kv": (0,) * 8, "counts": (8,)},
 }
 
 
@@ -120,79 +119,98 @@ def time_selected(layout: str, tokens: int, share: float, *, batch=1, name="atte
     )  # fmt: skip
 
 
-def local_jobs(layout: str):
-    """Per KV group the heads that are not retrieval heads."""
-    retrieval = set(LAYOUTS[layout]["heads"])
-    jobs = [(kv, tuple(h for h in range(8 * kv, 8 * kv + 8) if h not in retrieval)) for kv in range(4)]
-    return [(kv, heads) for kv, heads in jobs if heads]
+def layer_inputs(layout: str, tokens: int, num: int, *, batch: int = 1, capacity: int = 0, share: float = 0.03):
+    """Rotated tensors of a layer whose newest `tokens` of `capacity` are filled; index keys stored set by set."""
+    facts, held = LAYOUTS[layout], max(tokens, capacity)
+    key_set, groups = facts["key_set"], len(facts["counts"])
+    inputs = []
+    for seed in range(num):
+        index_q, index_k = peaked_index(
+            key_set, num_sets=max(key_set) + 1, batch=batch, tokens=tokens, hot_share=share, device="cuda", seed=seed
+        )
+        index_k = torch.cat([index_k, index_k.new_zeros(batch, held - tokens, *index_k.shape[2:])], dim=1)
+        ((k, v),) = kv_buffers(batch, held, groups, 1)
+        ring_k, ring_v = kv_buffers(batch, WINDOW + SINKS, 4 - groups, 1)[0] if groups < 4 else (None, None)
+        inputs.append(
+            {
+                "q_BHD": torch.randn(batch, 32, D, device="cuda", dtype=torch.bfloat16), "index_q_BHR": index_q,
+                "index_k_BSIR": index_k.transpose(1, 2).contiguous().transpose(1, 2), "k_BSKD": k, "v_BSKD": v,
+                "ring_k_BWKD": ring_k, "ring_v_BWKD": ring_v, "out_BHD": torch.empty(batch, 32, D, device="cuda", dtype=torch.bfloat16),
+            }
+        )  # fmt: skip
+    return inputs
 
 
-def time_ring(layout: str, *, batch=1, **plan_options):
-    jobs = local_jobs(layout)
-    plan = plan_attention(
-        [h for _, h in jobs], [kv for kv, _ in jobs], batch=batch, head_dim=D, device="cuda", **(RING_PLAN | plan_options)
+def layer_plan(layout: str, tokens: int, *, batch: int = 1, capacity: int = 0, dense: bool = False, **fused: Any):
+    """A plan of `decode_layer`; options of the one-launch form as measured variants."""
+    facts = LAYOUTS[layout]
+    shape: dict[str, Any] = {
+        "group_size": 8, "num_groups": 4, "retrieval_counts": facts["counts"], "key_sets": facts["key_set"], "batch": batch,
+        "capacity": max(tokens, capacity), "head_dim": D, "block_size": BLOCK, "device": torch.device("cuda"),
+    }  # fmt: skip
+    plan = plan_decode_layer(**shape, window=WINDOW, sinks=SINKS, dense=dense)
+    return replace(plan, fused=plan_fused(**shape, **fused)) if fused else plan
+
+
+def layer_bytes(layout: str, tokens: int, batch: int, kept: float) -> float:
+    """Bytes that one step has to read: index keys, selected blocks, windows."""
+    facts = LAYOUTS[layout]
+    local_groups = 4 - sum(count == 8 for count in facts["counts"])
+    index = tokens * (max(facts["key_set"]) + 1) * R * 2
+    return batch * (index + (kept * tokens * len(facts["heads"]) + min(tokens, WINDOW + SINKS) * local_groups) * D * 4)
+
+
+def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, capacity=0, share=0.03, name="layer", **fused):
+    """The whole layer's step by `decode_layer`."""
+    num = rotations(
+        int(layer_bytes(layout, tokens, batch, share)), at_most=max(2, min(16, int(40e9 // (batch * max(tokens, capacity) * D * 4))))
     )
-    step_bytes = batch * (WINDOW + SINKS) * len(jobs) * D * 4
-    buffers = kv_buffers(batch, WINDOW + SINKS, 4, rotations(step_bytes))
-    q = torch.randn(batch, 32, D, device="cuda", dtype=torch.bfloat16)
-    lengths, out, lse = lengths_of(batch, 1 << 17), torch.empty_like(q), torch.empty(batch, 32, device="cuda")
+    inputs = inputs or layer_inputs(layout, tokens, num, batch=batch, capacity=capacity, share=share)
+    plan = layer_plan(layout, tokens, batch=batch, capacity=capacity, **fused)
+    lengths = lengths_of(batch, tokens)
 
-    def step(k, v):
-        return lambda: attend_slots(q, k, v, plan=plan, lengths_B=lengths, scale=SCALE, out_BHD=out, lse_BH=lse)
+    def step(tensors):
+        return lambda: decode_layer(**tensors, plan=plan, lengths_B=lengths, scale=SCALE, index_scale=1.0, top_p=0.9, impl=impl)
 
-    timing = time_graph([step(k, v) for k, v in buffers])
-    gb_s = step_bytes / timing.median_us / 1000.0
+    timing = time_graph([step(tensors) for tensors in inputs])
+    _, selection = step(inputs[0])()
+    assert selection is not None
+    kept = float(selection[1].float().mean()) * BLOCK / tokens
+    gb_s = layer_bytes(layout, tokens, batch, kept) / timing.median_us / 1000.0
+    variant = " ".join([impl, *(f"{key}={value}" for key, value in fused.items()), *([f"capacity={capacity}"] if capacity else [])])
     return row(
-        "attend_slots", layout, WINDOW + SINKS, timing, batch=batch, gb_s=round(gb_s),
-        read_share=round(gb_s / READ_BANDWIDTH_GB_S, 3), variant=" ".join(f"{k}={v}" for k, v in plan_options.items()),
+        name, layout, tokens, timing, batch=batch, gb_s=round(gb_s), read_share=round(gb_s / READ_BANDWIDTH_GB_S, 3),
+        kept_share=round(kept, 4), variant=variant,
     )  # fmt: skip
 
 
-def layer_steps(layout: str, tokens: int, num: int, *, overlap: bool, capacity: int = 0, early: bool = False):
-    """The layer's decode step: score + select, attention over the selection, and beside them the ring of the local heads."""
-    facts, jobs = LAYOUTS[layout], local_jobs(layout)
-    num_sets, kv_heads, held = max(facts["key_set"]) + 1, max(facts["kv"]) + 1, max(tokens, capacity)
-    select_plan = plan_selection(facts["key_set"], num_sets=num_sets, batch=1, capacity=held, device="cuda", early_launch=bool(early))
-    sparse_plan = plan_attention([(h,) for h in facts["heads"]], facts["kv"], batch=1, head_dim=D, device="cuda", early_launch=bool(early))
-    local_plan = plan_attention([h for _, h in jobs], [kv for kv, _ in jobs], batch=1, head_dim=D, device="cuda", **RING_PLAN)
-    lengths, side = lengths_of(1, tokens), torch.cuda.Stream()
-    q = torch.randn(1, 32, D, device="cuda", dtype=torch.bfloat16)
-    rings, caches = kv_buffers(1, WINDOW + SINKS, 4, num), kv_buffers(1, held, kv_heads, num)
-    steps = []
-    for seed in range(num):
-        index_q, index_k = peaked_index(facts["key_set"], num_sets=num_sets, batch=1, tokens=held, hot_share=0.03, device="cuda", seed=seed)
-        index_k = index_k.transpose(1, 2).contiguous().transpose(1, 2)
-        out, lse = torch.empty_like(q), torch.empty(1, 32, device="cuda")
+def time_local_layer(*, batch=1, tokens=K128):
+    """A layer without retrieval heads: four rings."""
+    step_bytes = batch * (WINDOW + SINKS) * 4 * D * 4
+    rings = kv_buffers(batch, WINDOW + SINKS, 4, rotations(step_bytes))
+    plan = plan_decode_layer(
+        group_size=8, num_groups=4, retrieval_counts=(), key_sets=(), batch=batch, capacity=tokens, head_dim=D, window=WINDOW, sinks=SINKS,
+        block_size=BLOCK, device="cuda",
+    )  # fmt: skip
+    q, lengths = torch.randn(batch, 32, D, device="cuda", dtype=torch.bfloat16), lengths_of(batch, tokens)
+    out = torch.empty_like(q)
 
-        def step(seed=seed, index_q=index_q, index_k=index_k, out=out, lse=lse):
-            main = torch.cuda.current_stream()
-            local = side if overlap else main
-            local.wait_stream(main)
-            common = {"lengths_B": lengths, "scale": SCALE, "out_BHD": out, "lse_BH": lse}
-            ids, count = select_step(select_plan, index_q, index_k, lengths)()
-            with torch.cuda.stream(local):
-                attend_slots(q, *rings[seed], plan=local_plan, **common)
-            attend_selected(q, *caches[seed], plan=sparse_plan, ids_BJN=ids, count_BJ=count, **common)
-            main.wait_stream(local)
-            return count
+    def step(k, v):
+        return lambda: decode_layer(
+            q, None, plan=plan, lengths_B=lengths, k_BSKD=None, v_BSKD=None, index_k_BSIR=None, ring_k_BWKD=k, ring_v_BWKD=v,
+            scale=SCALE, index_scale=1.0, top_p=0.9, out_BHD=out,
+        )  # fmt: skip
 
-        steps.append(step)
-    return steps
+    timing = time_graph([step(k, v) for k, v in rings])
+    gb_s = step_bytes / timing.median_us / 1000.0
+    return row("layer", "local", tokens, timing, batch=batch, gb_s=round(gb_s), read_share=round(gb_s / READ_BANDWIDTH_GB_S, 3), variant="")
 
 
-def time_layer(layout: str, tokens: int):
-    """Ours with and without the side stream, then FlashAttention-2 and cuDNN over the dense cache, in one process."""
-    num = max(2, min(16, (32 << 20) // tokens))
-    rows = []
-    for overlap, early in ((True, False), (True, True), (False, False)):
-        steps = layer_steps(layout, tokens, num, overlap=overlap, early=early)
-        timing = time_graph(steps)
-        kept = float(steps[0]().float().mean()) * BLOCK / tokens
-        variant = ("ring beside" if overlap else "ring before") + (", early launch" if early else "")
-        rows.append(row("layer", layout, tokens, timing, batch=1, kept_share=round(kept, 4), variant=variant))
-        del steps
-    caches = [[x.transpose(1, 2).contiguous() for x in kv] for kv in kv_buffers(1, tokens, 4, max(2, min(8, num)))]
-    q = torch.randn(1, 32, 1, D, device="cuda", dtype=torch.bfloat16)
+def time_dense(tokens: int, *, batch=1):
+    """FlashAttention-2 and cuDNN over the whole cache of four KV heads."""
+    num = max(2, min(8, (32 << 20) // (tokens * batch)))
+    q = torch.randn(batch, 32, 1, D, device="cuda", dtype=torch.bfloat16)
+    rows, caches = [], [[x.transpose(1, 2).contiguous() for x in kv] for kv in kv_buffers(batch, tokens, 4, num)]
     for name, backend in (("FA2", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
 
         def step(k, v, backend=backend):
@@ -203,12 +221,13 @@ def time_layer(layout: str, tokens: int):
             return attend
 
         timing = time_graph([step(k, v) for k, v in caches])
-        for ours in rows[:3]:
-            ours[f"speedup_{name}"] = round(timing.median_us / ours["median_us"], 2)
-        rows.append(row("layer", "dense", tokens, timing, batch=1, kept_share=1.0, variant=name))
-    for ours in rows[:3]:
-        print({key: value for key, value in ours.items() if key.startswith(("tokens", "speedup"))}, flush=True)
+        rows.append(row("layer", "dense", tokens, timing, batch=batch, kept_share=1.0, variant=name))
     return rows
+
+
+def compare(ours, dense):
+    """The rows with their speedups over the dense libraries."""
+    return [mine | {f"speedup_{other['variant']}": f"{other['median_us'] / mine['median_us']:.2f}" for other in dense} for mine in ours]
 
 
 def section_select():
@@ -219,26 +238,31 @@ def section_select():
 
 
 def section_sweep():
-    rows = [time_selected("A", tokens, share) for tokens in (K32, K128, M1) for share in (0.005, 0.01, 0.03, 0.1, 0.25)]
-    return rows + [time_ring(layout) for layout in LAYOUTS]
+    rows = []
+    for tokens in (K32, K128, M1):
+        for share in (0.005, 0.01, 0.03, 0.1, 0.25):
+            rows.append(time_selected("A", tokens, share))
+            rows += [time_decode("A", tokens, impl=impl, share=share) for impl in ("fused", "composed")]
+    return rows
 
 
 def section_batch():
-    rows = []
+    rows = [time_local_layer(batch=batch) for batch in (1, 8, 64)]
     for batch, tokens in ((8, K32), (8, K128), (8, M1), (64, K32), (64, K128)):
         rows.append(time_select("A", tokens, batch=batch))
         rows.append(time_selected("A", tokens, 0.03, batch=batch))
+        rows += [time_decode("A", tokens, impl=impl, batch=batch) for impl in ("fused", "composed")]
     return rows
 
 
 def section_layer():
-    return [r for tokens in (K32, K128, 1 << 18, 1 << 19, M1) for r in time_layer("A", tokens)] + capacity_rows()
-
-
-def capacity_rows():
-    """The cost of 32K tokens inside a graph built for 1M."""
-    steps = layer_steps("A", K32, 4, overlap=True, capacity=M1)
-    return [row("layer", "A", K32, time_graph(steps), batch=1, variant=f"ring beside capacity={M1}")]
+    rows = []
+    for tokens in (K32, K128, 1 << 18, 1 << 19, M1):
+        dense = time_dense(tokens)
+        rows += dense
+        for layout in LAYOUTS if tokens in (K32, K128, M1) else ("A",):
+            rows += compare([time_decode(layout, tokens, impl=impl) for impl in ("fused", "composed")], dense)
+    return rows + [time_decode(layout, K32, impl=impl, capacity=M1) for layout in LAYOUTS for impl in ("fused", "composed")]
 
 
 SECTIONS = {"select": section_select, "sweep": section_sweep, "batch": section_batch, "layer": section_layer}
