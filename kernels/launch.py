@@ -11,6 +11,7 @@ class Launch:
     arguments: the run-time parameters in the kernel's order, tensors as their pointers or as tensor descriptors. constants: its constexpr
     parameters by name.
     early_launch: programmatic dependent launch, for a kernel that waits for the launch before it.
+    all_at_once: refuse a grid whose programs do not all fit the GPU together, for programs that wait for each other.
     """
 
     kernel: Any
@@ -20,8 +21,14 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
     early_launch: bool = False
+    all_at_once: bool = False
 
     def run(self) -> None:
         """Compile (once for each kind of arguments) and launch on the current stream."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "launch_pdl": self.early_launch}
+        options = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "launch_pdl": self.early_launch,
+            "launch_cooperative_grid": self.all_at_once,
+        }
         self.kernel[self.grid](*self.arguments, **self.constants, **options)

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from interpreter_process import interpreting, serve
+from kernel_compiler import compile_for_hopper
 
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import mask_to_ids, plan_selection, score_and_select, select_blocks
@@ -220,29 +221,6 @@ def selection_kernel():
     from rtpurbo.kernels.block_selection import kernel
 
     return kernel
-
-
-def compile_for_hopper(launch):
-    """The launch's kernel, built without a GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
-    names, arguments = launch.kernel.arg_names, iter(launch.arguments)
-    signature, constants = {}, dict(launch.constants)
-    for name in names:
-        value = constants[name] if name in constants else next(arguments)
-        if name in constants:
-            signature[name] = "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = types[value.dtype]
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-    values = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name.endswith("_ptr")}
-    source = ASTSource(launch.kernel, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.num_warps})
 
 
 def test_a_pipeline_takes_the_stages_that_fit_into_shared_memory():

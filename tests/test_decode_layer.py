@@ -4,9 +4,11 @@
 import pytest
 import torch
 from interpreter_process import interpreting, serve
+from kernel_compiler import compile_for_hopper
 
 from rtpurbo.kernels.decode_layer import choose_impl, decode_layer, plan_decode_layer
-from rtpurbo.kernels.decode_layer.fused import is_faster
+from rtpurbo.kernels.decode_layer.fused import describe, is_faster
+from rtpurbo.kernels.division import num_processors_of
 from rtpurbo.kernels.local_attention import attend_local, ring_positions
 from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
 
@@ -245,6 +247,26 @@ def test_the_definition_runs_on_the_cpu():
 def test_one_launch_is_chosen_only_where_it_was_measured_faster(change, faster):
     measured = {"capability": (9, 0), "dtype": torch.bfloat16, "batch": 1, "head_dim": 128, "window_in_cache": True}
     assert is_faster(**(measured | change)) == faster
+
+
+@pytest.mark.parametrize(("capacity", "dtype"), [(4096, torch.float32), (1 << 17, torch.bfloat16)])
+def test_the_programs_of_one_launch_fit_hopper_together(capacity, dtype):
+    request = layer_request(
+        group_size=8, num_groups=4, counts=(5,), key_sets=(0, 1, 2, 3, 4), lengths=[1], capacity=64, dim=128, dtype=dtype
+    )
+    plan = plan_decode_layer(**(request["plan"] | {"capacity": capacity}), device="cpu").fused
+    assert plan is not None
+    tensors = [request[name] for name in ("k_BSKD", "v_BSKD", "index_k_BSIR", "ring_k_BWKD", "ring_v_BWKD")]
+    index_k = tensors[2] = tensors[2].transpose(1, 2).contiguous().transpose(1, 2)
+    ids, count = torch.zeros(1, 5, index_k.shape[1], dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int32)
+    lengths = torch.tensor([1], dtype=torch.int32)
+    compiled = compile_for_hopper(
+        describe(plan, request["q_BHD"], request["index_q_BHR"], lengths, *tensors, 1.0, 1.0, 0.9, 160, 4, request["q_BHD"], ids, count, 0)
+    )
+    programs = plan.programs // num_processors_of(torch.device("cpu"))
+    # A program's registers, at most 255 a thread, and its shared memory, of which the system takes 1 KiB.
+    assert programs * plan.num_warps * 32 * 255 <= 1 << 16
+    assert programs * (compiled.metadata.shared + 1024) <= 228 << 10
 
 
 @pytest.mark.parametrize("index_dim", [4, 24])

@@ -9,6 +9,7 @@ import torch
 
 from rtpurbo.kernels.block_selection.plan import MAX_PARTS, NUM_BINS, check_capacity, divide_heads
 from rtpurbo.kernels.division import STAGE_BYTES, next_power_of_2, num_processors_of, padded_width, stages_that_fit
+from rtpurbo.kernels.launch import Launch
 
 TILE_BYTES, SCRATCH_BYTES = 40 << 10, 8 << 10
 MAX_TILE_BLOCKS = 8
@@ -160,6 +161,78 @@ def obstacle(
     return None
 
 
+def _constants(
+    plan: FusedPlan, k_BSKD: torch.Tensor, index_k_BSIR: torch.Tensor, top_p: float, sinks: int, phase: int
+) -> dict[str, object]:  # fmt: skip
+    """The kernel's constexpr parameters; stages by the size of the elements."""
+    H, D, R = plan.num_heads, k_BSKD.shape[3], index_k_BSIR.shape[3]
+    R_padded = padded_width(R)
+    tile_bytes = plan.sets_in_group * plan.tile_blocks * plan.block_size * R_padded * index_k_BSIR.element_size()
+    row_bytes = 2 * padded_width(D) * k_BSKD.element_size()
+    return {
+        "PHASE": phase, "TOP_P": float(top_p), "SINK_BLOCKS": -(-sinks // plan.block_size), "BLOCK": plan.block_size,
+        "GROUP": plan.group_size,
+        "B_PADDED": next_power_of_2(plan.batch), "K_PADDED": next_power_of_2(plan.num_groups),
+        "J": plan.first_set_J.shape[0] - 1, "J_PADDED": next_power_of_2(plan.first_set_J.shape[0] - 1),
+        "JOBS_PADDED": next_power_of_2(plan.batch * H), "G": plan.columns, "R": R, "R_PADDED": R_padded, "SETS": plan.sets_in_group,
+        "TILE_BLOCKS": plan.tile_blocks,
+        "SCORE_STAGES": stages_that_fit(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES),
+        "SELECT_TILE": plan.select_tile, "PART_BLOCKS": plan.part_blocks, "PARTS": MAX_PARTS,
+        "D": D, "D_PADDED": padded_width(D), "GROUP_PADDED": padded_width(plan.group_size),
+        "STEP": plan.step, "STAGES": stages_that_fit(plan.stages, plan.step * row_bytes, plan.pipeline_bytes),
+        "LOCAL_STEP": plan.local_step,
+        "LOCAL_STAGES": stages_that_fit(plan.local_stages, plan.local_step * row_bytes, plan.pipeline_bytes),
+        "MERGE_TILE": plan.merge_tile, "WARPS": plan.num_warps, "EARLY_LAUNCH": plan.early_launch,
+    }  # fmt: skip
+
+
+def describe(
+    plan: FusedPlan,
+    q_BHD: torch.Tensor,
+    index_q_BHR: torch.Tensor,
+    lengths_B: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    index_k_BSIR: torch.Tensor,
+    ring_k: torch.Tensor,
+    ring_v: torch.Tensor,
+    scale: float,
+    index_scale: float,
+    top_p: float,
+    window: int,
+    sinks: int,
+    out_BHD: torch.Tensor,
+    ids_BHN: torch.Tensor,
+    count_BH: torch.Tensor,
+    phase: int,
+) -> Launch:
+    """The launch that writes out, ids and count (phase 0), or one of its four stretches."""
+    from rtpurbo.kernels.decode_layer.fused_kernel import decode_layer_kernel
+
+    B, H = q_BHD.shape[0], plan.num_heads
+    arguments = (
+        q_BHD, k_BSKD, v_BSKD, ring_k, ring_v, out_BHD, index_q_BHR, index_k_BSIR, lengths_B,
+        plan.key_set_H, plan.first_set_J, plan.first_head_J, plan.retrieval_K,
+        plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb, plan.forced_BHP,
+        plan.acc_LD, plan.best_L, plan.sum_L, plan.local_acc_LGD, plan.local_best_LG, plan.local_sum_LG,
+        plan.gates, plan.head_counters, ids_BHN, count_BH,
+        B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,
+        float(scale) * LOG2E, float(index_scale),
+        q_BHD.stride(0), q_BHD.stride(1), k_BSKD.stride(0), k_BSKD.stride(1), k_BSKD.stride(2),
+        ring_k.stride(0), ring_k.stride(1), ring_k.stride(2), out_BHD.stride(0), out_BHD.stride(1),
+        index_q_BHR.stride(0), index_q_BHR.stride(1), index_k_BSIR.stride(0), index_k_BSIR.stride(1), index_k_BSIR.stride(2),
+    )  # fmt: skip
+    return Launch(
+        kernel=decode_layer_kernel,
+        grid=(plan.programs,),
+        arguments=arguments,
+        constants=_constants(plan, k_BSKD, index_k_BSIR, top_p, sinks, phase),
+        num_warps=plan.num_warps,
+        early_launch=plan.early_launch,
+        all_at_once=phase == 0 and not plan.early_launch,
+    )
+
+
 def launch(
     plan: FusedPlan,
     q_BHD: torch.Tensor,
@@ -179,37 +252,13 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel with the plan's workspace; writes out, returns (ids, count). On a CPU (the interpreter runs one program
     after the other) the stretches between its gates are launches of their own."""
-    from rtpurbo.kernels.decode_layer.fused_kernel import decode_layer_kernel
-
-    (B, _, D), R = q_BHD.shape, index_q_BHR.shape[2]
-    tile_bytes = plan.sets_in_group * plan.tile_blocks * plan.block_size * padded_width(R) * index_k_BSIR.element_size()
-    row_bytes = 2 * padded_width(D) * k_BSKD.element_size()
-    H = plan.num_heads
-    ids_BHN = torch.empty(B, H, plan.capacity_blocks, dtype=torch.int32, device=q_BHD.device)
-    count_BH = torch.empty(B, H, dtype=torch.int32, device=q_BHD.device)
+    B, device = q_BHD.shape[0], q_BHD.device
+    ids_BHN = torch.empty(B, plan.num_heads, plan.capacity_blocks, dtype=torch.int32, device=device)
+    count_BH = torch.empty(B, plan.num_heads, dtype=torch.int32, device=device)
     ring_k, ring_v = (k_BSKD, v_BSKD) if ring_k_BWKD is None or ring_v_BWKD is None else (ring_k_BWKD, ring_v_BWKD)
     for phase in (0,) if q_BHD.is_cuda else (1, 2, 3, 4):
-        decode_layer_kernel[(plan.programs,)](
-            q_BHD, k_BSKD, v_BSKD, ring_k, ring_v, out_BHD, index_q_BHR, index_k_BSIR, lengths_B,
-            plan.key_set_H, plan.first_set_J, plan.first_head_J, plan.retrieval_K,
-            plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb, plan.forced_BHP,
-            plan.acc_LD, plan.best_L, plan.sum_L, plan.local_acc_LGD, plan.local_best_LG, plan.local_sum_LG,
-            plan.gates, plan.head_counters, ids_BHN, count_BH,
-            B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,
-            float(scale) * LOG2E, float(index_scale),
-            q_BHD.stride(0), q_BHD.stride(1), k_BSKD.stride(0), k_BSKD.stride(1), k_BSKD.stride(2),
-            ring_k.stride(0), ring_k.stride(1), ring_k.stride(2), out_BHD.stride(0), out_BHD.stride(1),
-            index_q_BHR.stride(0), index_q_BHR.stride(1), index_k_BSIR.stride(0), index_k_BSIR.stride(1), index_k_BSIR.stride(2),
-            PHASE=phase, TOP_P=float(top_p), SINK_BLOCKS=-(-sinks // plan.block_size), BLOCK=plan.block_size, GROUP=plan.group_size,
-            B_PADDED=next_power_of_2(plan.batch), K_PADDED=next_power_of_2(plan.num_groups),
-            J=plan.first_set_J.shape[0] - 1, J_PADDED=next_power_of_2(plan.first_set_J.shape[0] - 1),
-            JOBS_PADDED=next_power_of_2(plan.batch * H), G=plan.columns, R=R, R_PADDED=padded_width(R), SETS=plan.sets_in_group,
-            TILE_BLOCKS=plan.tile_blocks, SCORE_STAGES=stages_that_fit(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES),
-            SELECT_TILE=plan.select_tile, PART_BLOCKS=plan.part_blocks, PARTS=MAX_PARTS,
-            D=D, D_PADDED=padded_width(D), GROUP_PADDED=padded_width(plan.group_size),
-            STEP=plan.step, STAGES=stages_that_fit(plan.stages, plan.step * row_bytes, plan.pipeline_bytes), LOCAL_STEP=plan.local_step,
-            LOCAL_STAGES=stages_that_fit(plan.local_stages, plan.local_step * row_bytes, plan.pipeline_bytes),
-            MERGE_TILE=plan.merge_tile, WARPS=plan.num_warps, num_warps=plan.num_warps, EARLY_LAUNCH=plan.early_launch,
-            launch_pdl=plan.early_launch, launch_cooperative_grid=q_BHD.is_cuda and not plan.early_launch,
-        )  # fmt: skip
+        describe(
+            plan, q_BHD, index_q_BHR, lengths_B, k_BSKD, v_BSKD, index_k_BSIR, ring_k, ring_v, scale, index_scale, top_p, window, sinks,
+            out_BHD, ids_BHN, count_BH, phase,
+        ).run()  # fmt: skip
     return ids_BHN, count_BH
