@@ -140,6 +140,9 @@ def convert(
     engine_out = out.with_name(out.name + "-engine")
     if engine:
         from rtpurbo.converter.package import refuse_existing
+        from rtpurbo.plugins.trt.library import require_installed
+
+        require_installed("onnx", "triton")
         from rtpurbo.plugins.trt.build import BuildOptions, build, check_can_build
 
         refuse_existing(engine_out)
@@ -278,6 +281,9 @@ def generate(
 
 def _engine(folder: str | Path, **fixed: Any) -> Any:
     """Load an engine; ValueError for an option that was decided when it was built."""
+    from rtpurbo.plugins.trt.library import require_installed
+
+    require_installed("triton")
     from rtpurbo.plugins.trt.run import load_engine
 
     for name, value in fixed.items():
@@ -300,6 +306,9 @@ def _engine(folder: str | Path, **fixed: Any) -> Any:
 def build_engine(artifact: Path, out: Path, capabilities: tuple[int, ...], as_json: bool, **options: Any) -> None:
     """Build a TensorRT engine of an ARTIFACT folder, with this project's kernels as plugins."""
     from rtpurbo.converter.progress import Progress
+    from rtpurbo.plugins.trt.library import require_installed
+
+    require_installed("onnx", "triton")
     from rtpurbo.plugins.trt.build import CAPABILITIES, BuildOptions, build
 
     with Progress() as report:
@@ -344,6 +353,9 @@ def verify(artifact: Path, num_tokens: int, against: Path | None, device: str, d
     from rtpurbo.plugins.trt.folder import is_engine_folder
 
     if is_engine_folder(artifact):
+        from rtpurbo.plugins.trt.library import require_installed
+
+        require_installed("triton")
         from rtpurbo.plugins.trt.verify import verify_engine
 
         if against is None or (device, dtype) != ("auto", "auto"):
@@ -410,9 +422,10 @@ def bench(
     asked = BenchOptions(**options)
     bench_report.check_outputs(csv_file, plot_file)
     if is_engine_folder(artifact):
+        engine = _engine(artifact, device=device, dtype=dtype, revision=revision)
         from rtpurbo.plugins.trt.run import bench_subject
 
-        subject = bench_subject(_engine(artifact, device=device, dtype=dtype, revision=revision))
+        subject = bench_subject(engine)
     else:
         from rtpurbo.runtime.engine import PREFILL_CHUNK
         from rtpurbo.runtime.loader import load

@@ -1,6 +1,8 @@
 """The commands that build and take engines: what they print, and one sentence with exit code 2 where they cannot."""
 
 import json
+import subprocess
+import sys
 
 import eager_model as eager
 import pytest
@@ -69,6 +71,20 @@ def test_convert_checks_that_an_engine_can_be_built_before_it_starts(monkeypatch
     monkeypatch.setattr(library, "MODULES", {"tensorrt": "no_such_tensorrt", "tensorrt-rtx": "no_such_tensorrt_rtx"})
     # The model does not exist: a conversion that had begun would say so.
     assert "no TensorRT: install" in refused("convert", "no/such-model", "--out", tmp_path / "out", "--engine")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["triton", "onnx"])
+def test_commands_say_what_to_install_where_a_library_of_engines_is_missing(folders, tmp_path, missing):
+    artifact, engine = map(str, folders)
+    build = ["build-engine", artifact, "--out", str(tmp_path / "new")]
+    run = [["generate", engine, "-p", "x"], ["bench", engine, "--tokens", "64"], ["verify", engine, "--against", artifact]]
+    for arguments in [build, *(run if missing == "triton" else [])]:
+        # A process of its own: here the library is imported already.
+        code = f"import sys; sys.modules[{missing!r}] = None; from rtpurbo.cli import main; main({arguments!r})"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert found.returncode == 2, found.stderr
+        assert found.stderr.strip() == f"Error: TensorRT engines need {missing}: install rtpurbo[trt] or rtpurbo[trt-rtx]"
     assert not list(tmp_path.iterdir())
 
 

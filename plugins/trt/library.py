@@ -27,6 +27,13 @@ def load_library(name: str | None = None) -> tuple[str, Any]:
     raise ValueError(f"no TensorRT: install {extra} ({'; '.join(reasons)})")
 
 
+def require_installed(*modules: str) -> None:
+    """ValueError that says what to install where one of the modules (onnx, triton) is missing; imports none of them."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"TensorRT engines need {' and '.join(missing)}: install rtpurbo[trt] or rtpurbo[trt-rtx]")
+
+
 def _link_by_plain_name() -> None:
     """Make libtensorrt_rtx.so a link to libtensorrt_rtx.so.1: the parser opens it by that name, and aborts the process without it."""
     package = importlib.util.find_spec("tensorrt_rtx_libs")
