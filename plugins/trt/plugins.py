@@ -1,5 +1,6 @@
 """The custom nodes as IPluginV3: shapes and workspace at build, the kernels' cubins on the engine's stream at run time."""
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -171,6 +172,8 @@ def _plugin_class(trt: Any) -> type:
         def __init__(self, layer: str, rule: str, session: Session, carried: bool) -> None:
             for base in bases:
                 base.__init__(self)
+            # The library deletes its side of a plugin itself; Python must not free it once more, not at exit either.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
             self.part = NodePlugin(layer, rule, session)
             self.carried = carried
             self.plugin_name = CARRIER_NAME if carried else self.part.node.name
