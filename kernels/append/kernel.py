@@ -45,6 +45,8 @@ def _store_halves(base_ptr, row_t, stride, first_tE, second_tE, valid_t, E: tl.c
 @triton.jit
 def _rope_append(
     qkv_ptr,
+    out_ptr,  # may be qkv_ptr
+    source_ptr,  # int32 [H + 2 K], which head of qkv each head is; used with HAS_ORDER
     cos_ptr,
     sin_ptr,
     lengths_ptr,
@@ -85,6 +87,8 @@ def _rope_append(
     HAS_RING: tl.constexpr,
     HAS_INDEX_K: tl.constexpr,
     HAS_INDEX_Q: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    SEPARATE: tl.constexpr,
     IS_FP8: tl.constexpr,
     EARLY_LAUNCH: tl.constexpr,
 ):
@@ -99,8 +103,9 @@ def _rope_append(
     position_t = length + t_t
     e_E = tl.arange(0, E_PADDED)
     mask_tE = valid_t[:, None] & (e_E < E)[None, :]
-    head_ptr = qkv_ptr + b * T * ((H + 2 * K) * 2 * E) + head * (2 * E)
-    x_ptr = head_ptr + t_t.to(tl.int64)[:, None] * ((H + 2 * K) * 2 * E) + e_E[None, :]
+    row_tE = b * T * ((H + 2 * K) * 2 * E) + t_t.to(tl.int64)[:, None] * ((H + 2 * K) * 2 * E) + e_E[None, :]
+    x_ptr = qkv_ptr + row_tE + (tl.load(source_ptr + head) if HAS_ORDER else head) * (2 * E)
+    written_ptr = out_ptr + row_tE + head * (2 * E)
     first_tE = tl.load(x_ptr, mask=mask_tE, other=0.0).to(tl.float32)
     second_tE = tl.load(x_ptr + E, mask=mask_tE, other=0.0).to(tl.float32)
     if head < H + K:
@@ -135,8 +140,11 @@ def _rope_append(
         rotated_tE = first_tE * cos_tE - second_tE * sin_tE
         second_tE = second_tE * cos_tE + first_tE * sin_tE
         first_tE = rotated_tE
-        tl.store(x_ptr, first_tE.to(qkv_ptr.dtype.element_ty), mask=mask_tE)
-        tl.store(x_ptr + E, second_tE.to(qkv_ptr.dtype.element_ty), mask=mask_tE)
+        tl.store(written_ptr, first_tE.to(out_ptr.dtype.element_ty), mask=mask_tE)
+        tl.store(written_ptr + E, second_tE.to(out_ptr.dtype.element_ty), mask=mask_tE)
+    elif SEPARATE:
+        tl.store(written_ptr, first_tE.to(out_ptr.dtype.element_ty), mask=mask_tE)
+        tl.store(written_ptr + E, second_tE.to(out_ptr.dtype.element_ty), mask=mask_tE)
     if head >= H:
         group = (head - H) % K
         if HAS_CACHE:  # noqa: SIM102
@@ -177,23 +185,54 @@ def launch(
 ) -> torch.Tensor | None:
     """See `kernels.append.rope_append`; returns the index queries."""
     B, T, _ = qkv_BTM.shape
+    R = 1 if plan.index_q_PRD is None else plan.index_q_PRD.shape[1]
+    index_q_BTPR = None
+    if index_queries:
+        index_q_BTPR = torch.empty(B, T, len(plan.retrieval_heads), R, dtype=torch.float32, device=qkv_BTM.device)
+    if B and T:
+        early_launch = qkv_BTM.is_cuda and torch.cuda.get_device_capability(qkv_BTM.device) >= (9, 0)
+        stores = (k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD)
+        describe(
+            qkv_BTM, plan, cos_SE, sin_SE, lengths_B, counts_B, *stores, window, sinks, index_q_BTPR, qkv_BTM, early_launch=early_launch
+        ).run()
+    return index_q_BTPR
+
+
+def describe(
+    qkv_BTM: torch.Tensor,
+    plan: AppendPlan,
+    cos_SE: torch.Tensor,
+    sin_SE: torch.Tensor,
+    lengths_B: torch.Tensor,
+    counts_B: torch.Tensor,
+    k_BSKD: torch.Tensor | None,
+    v_BSKD: torch.Tensor | None,
+    index_k_BSIR: torch.Tensor | None,
+    ring_k_BWKD: torch.Tensor | None,
+    ring_v_BWKD: torch.Tensor | None,
+    window: int,
+    sinks: int,
+    index_q_BTPR: torch.Tensor | None,
+    out_BTM: torch.Tensor,
+    source_O: torch.Tensor | None = None,
+    *,
+    early_launch: bool,
+) -> Launch:
+    """The launch that writes the rotated heads to out, which may be qkv itself. source_O (int32): out's head o is head source[o] of qkv."""
+    B, T, _ = qkv_BTM.shape
     P = len(plan.retrieval_heads)
     R = 1 if plan.index_q_PRD is None else plan.index_q_PRD.shape[1]
     half = plan.head_dim // 2
-    index_q_BTPR = torch.empty(B, T, P, R, dtype=torch.float32, device=qkv_BTM.device) if index_queries else None
-    if not (B and T):
-        return index_q_BTPR
     tile = 1 if T == 1 else TILE
     strides_k = (0, 0) if k_BSKD is None else k_BSKD.stride()[:2]
     strides_i = (0, 0, 0) if index_k_BSIR is None else index_k_BSIR.stride()[:3]
     strides_r = (0, 0) if ring_k_BWKD is None else ring_k_BWKD.stride()[:2]
     # A pointer that no branch reads still has to be one.
     unused = qkv_BTM
-    early_launch = qkv_BTM.is_cuda and torch.cuda.get_device_capability(qkv_BTM.device) >= (9, 0)
-    Launch(
+    return Launch(
         kernel=_rope_append, grid=(triton.cdiv(T, tile), plan.num_heads + 2 * plan.num_groups, B),
         arguments=(
-            qkv_BTM, cos_SE, sin_SE, lengths_B, counts_B,
+            qkv_BTM, out_BTM, unused if source_O is None else source_O, cos_SE, sin_SE, lengths_B, counts_B,
             *(unused if x is None else x for x in (plan.norms_2D, plan.index_q_PRD, plan.index_k_IRD)), plan.place_H, plan.first_set_K,
             *(unused if x is None else x for x in (index_q_BTPR, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD)),
             T, *strides_k, *strides_i, *strides_r, 0 if k_BSKD is None else k_BSKD.shape[2], P, window, sinks, plan.eps,
@@ -202,9 +241,9 @@ def launch(
             "H": plan.num_heads, "K": plan.num_groups, "E": half, "E_PADDED": max(16, triton.next_power_of_2(half)), "R": R,
             "R_PADDED": max(16, triton.next_power_of_2(R)), "TILE": tile, "HAS_NORM": plan.norms_2D is not None,
             "HAS_CACHE": k_BSKD is not None, "HAS_RING": ring_k_BWKD is not None, "HAS_INDEX_K": index_k_BSIR is not None,
-            "HAS_INDEX_Q": index_queries, "IS_FP8": index_k_BSIR is not None and index_k_BSIR.dtype == torch.float8_e4m3fn,
+            "HAS_INDEX_Q": index_q_BTPR is not None, "HAS_ORDER": source_O is not None, "SEPARATE": out_BTM is not qkv_BTM,
+            "IS_FP8": index_k_BSIR is not None and index_k_BSIR.dtype == torch.float8_e4m3fn,
             "EARLY_LAUNCH": early_launch,
         },
         num_warps=1 if tile == 1 else 4, early_launch=early_launch,
-    ).run()  # fmt: skip
-    return index_q_BTPR
+    )  # fmt: skip

@@ -17,17 +17,17 @@ STEP = 256
 
 
 @triton.jit
-def copy_rows(source_ptr, cache_ptr, row_t, slot_t, kept_t, words, STEP: tl.constexpr):
+def copy_rows(source_ptr, cache_ptr, row_t, slot_t, kept_t, words, stride, STEP: tl.constexpr):
     for start in range(0, words, STEP):
         word_w = start + tl.arange(0, STEP)
         mask_tw = kept_t[:, None] & (word_w < words)[None, :]
-        value_tw = tl.load(source_ptr + row_t[:, None] * words + word_w[None, :], mask=mask_tw)
+        value_tw = tl.load(source_ptr + row_t[:, None] * stride + word_w[None, :], mask=mask_tw)
         tl.store(cache_ptr + slot_t[:, None] * words + word_w[None, :], value_tw, mask=mask_tw)
 
 
 @triton.jit
 def write_cache_kernel(
-    first_ptr,  # int32 words of the chunks [B, T, words] ...
+    first_ptr,  # int32 words of the chunks [B, T, words], rows a stride apart ...
     second_ptr,
     third_ptr,
     first_cache_ptr,  # ... and of the caches [B, slots, words]
@@ -41,6 +41,9 @@ def write_cache_kernel(
     first_words,
     second_words,
     third_words,
+    first_stride,
+    second_stride,
+    third_stride,
     window,
     sinks,
     IS_RING: tl.constexpr,
@@ -65,11 +68,11 @@ def write_cache_kernel(
     row_t = batch * T + t_t
     slot_t = batch * slots + slot_t
     if which == 0:
-        copy_rows(first_ptr, first_cache_ptr, row_t, slot_t, kept_t, first_words, STEP)
+        copy_rows(first_ptr, first_cache_ptr, row_t, slot_t, kept_t, first_words, first_stride, STEP)
     elif which == 1:
-        copy_rows(second_ptr, second_cache_ptr, row_t, slot_t, kept_t, second_words, STEP)
+        copy_rows(second_ptr, second_cache_ptr, row_t, slot_t, kept_t, second_words, second_stride, STEP)
     else:
-        copy_rows(third_ptr, third_cache_ptr, row_t, slot_t, kept_t, third_words, STEP)
+        copy_rows(third_ptr, third_cache_ptr, row_t, slot_t, kept_t, third_words, third_stride, STEP)
 
 
 def describe(
@@ -81,7 +84,10 @@ def describe(
     sinks: int,
     visible_B: torch.Tensor | None = None,
 ) -> Launch:
-    """The launch that writes the chunks, see `kernels.cache_write.write_cache`; visible_B (int32) gets lengths + counts."""
+    """The launch that writes the chunks, see `kernels.cache_write.write_cache`; visible_B (int32) gets lengths + counts.
+
+    Chunks may be a slice of the heads of a contiguous tensor [B, T, heads, D].
+    """
     B, T = chunks[0].shape[:2]
     places = [0, *range(1, len(caches)), *[0] * (3 - len(caches))]
     sources = [chunks[place].flatten(2).view(torch.int32) for place in places]
@@ -92,7 +98,8 @@ def describe(
         grid=(triton.cdiv(T, tile), B, len(caches)),
         arguments=(
             *sources, *targets, lengths_B, counts_B, lengths_B if visible_B is None else visible_B,
-            T, caches[0].shape[1], *(source.shape[2] for source in sources), 1 if window is None else window, sinks,
+            T, caches[0].shape[1], *(source.shape[2] for source in sources), *(source.stride(1) for source in sources),
+            1 if window is None else window, sinks,
         ),
         constants={"IS_RING": window is not None, "HAS_VISIBLE": visible_B is not None, "TILE": tile, "STEP": STEP},
     )  # fmt: skip

@@ -79,39 +79,45 @@ def norm_linear(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `kernels.norm_linear.norm_linear`."""
     sum_TC, normed_TC = (torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device) for _ in range(2))
-    out_TM = _run(x_TC, weight_MC, bias_M, residual_TC, norm_C, eps, sum_TC, normed_TC)
+    out_TM = torch.empty(x_TC.shape[0], weight_MC.shape[0], dtype=x_TC.dtype, device=x_TC.device)
+    norm = (norm_C, eps, residual_TC, sum_TC, normed_TC)
+    describe(x_TC, weight_MC, bias_M, out_TM, norm, early_launch=_launches_early(x_TC)).run()
     return out_TM, sum_TC, normed_TC
 
 
 def linear(x_TC: torch.Tensor, weight_MC: torch.Tensor, bias_M: torch.Tensor | None) -> torch.Tensor:
     """See `kernels.norm_linear.linear`."""
-    return _run(x_TC, weight_MC, bias_M, None, None, 0.0, x_TC, x_TC)
+    out_TM = torch.empty(x_TC.shape[0], weight_MC.shape[0], dtype=x_TC.dtype, device=x_TC.device)
+    describe(x_TC, weight_MC, bias_M, out_TM, early_launch=_launches_early(x_TC)).run()
+    return out_TM
 
 
-def _run(
+def _launches_early(x_TC: torch.Tensor) -> bool:
+    return x_TC.is_cuda and torch.cuda.get_device_capability(x_TC.device) >= (9, 0)
+
+
+def describe(
     x_TC: torch.Tensor,
     weight_MC: torch.Tensor,
     bias_M: torch.Tensor | None,
-    residual_TC: torch.Tensor | None,
-    norm_C: torch.Tensor | None,
-    eps: float,
-    sum_TC: torch.Tensor,
-    normed_TC: torch.Tensor,
-) -> torch.Tensor:
+    out_TM: torch.Tensor,
+    norm: tuple[torch.Tensor, float, torch.Tensor | None, torch.Tensor, torch.Tensor] | None = None,
+    *,
+    early_launch: bool,
+) -> Launch:
+    """The launch that writes out. norm: (norm_C, eps, residual_TC or None, sum_TC, normed_TC) of a norm before it, the last two written."""
     (T, C), M = x_TC.shape, weight_MC.shape[0]
-    out_TM = torch.empty(T, M, dtype=x_TC.dtype, device=x_TC.device)
     padded = triton.next_power_of_2(C)
     rows = max(1, TILE_VALUES // padded)
-    early_launch = x_TC.is_cuda and torch.cuda.get_device_capability(x_TC.device) >= (9, 0)
+    norm_C, eps, residual_TC, sum_TC, normed_TC = norm or (None, 0.0, None, x_TC, x_TC)
     # A pointer that no branch reads still has to be one.
-    residual, norm, bias = (x_TC if tensor is None else tensor for tensor in (residual_TC, norm_C, bias_M))
-    Launch(
+    residual, norm_weight, bias = (x_TC if tensor is None else tensor for tensor in (residual_TC, norm_C, bias_M))
+    return Launch(
         kernel=matvec_rows, grid=(triton.cdiv(M, rows),),
-        arguments=(x_TC, residual, norm, weight_MC, bias, out_TM, sum_TC, normed_TC, x_TC.stride(0), M, eps),
+        arguments=(x_TC, residual, norm_weight, weight_MC, bias, out_TM, sum_TC, normed_TC, x_TC.stride(0), M, eps),
         constants={
             "T": T, "C": C, "C_PADDED": padded, "ROWS": rows, "HAS_NORM": norm_C is not None, "HAS_RESIDUAL": residual_TC is not None,
             "HAS_BIAS": bias_M is not None, "EARLY_LAUNCH": early_launch,
         },
         num_warps=NUM_WARPS, early_launch=early_launch,
-    ).run()  # fmt: skip
-    return out_TM
+    )  # fmt: skip
