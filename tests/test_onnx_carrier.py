@@ -30,8 +30,8 @@ def test_only_the_custom_nodes_change_and_each_keeps_its_inputs_and_outputs(mode
             assert (theirs.domain, theirs.op_type) == (CARRIER_DOMAIN, CARRIER_NAME)
         else:
             assert ours == theirs
-    # Layer 0 keeps both of its groups (Append, SelectBlocks, AttendRetained), layer 1 one of them; each layer has a router and experts.
-    assert renamed == 3 + 4 + 2 * 2
+    # Of each layer: products for q, k, v, o and the router, attention, routing and experts; lm_head.
+    assert renamed == 2 * (5 + 1 + 1 + 1) + 1
     assert list(carrier.graph.input) == list(model.graph.input)
     assert list(carrier.graph.output) == list(model.graph.output)
     assert list(carrier.graph.initializer) == list(model.graph.initializer)
@@ -50,7 +50,9 @@ def test_the_rule_gives_back_the_nodes_name_and_attributes(model: onnx.ModelProt
             assert wanted.pop("plugin_version") == b"1"
             assert (name, attributes) == (node.op_type, wanted)
             seen.add(name)
-    assert seen == {"AttendLocal", "Append", "SelectBlocks", "AttendRetained", "Route", "Experts"}
+    # One layer keeps both of its groups, the other one of them.
+    attention = {"AttentionNormSelected", "AttentionNormSelectedLocal"}
+    assert seen == {"Linear", "NormLinear", *attention, "Route", "Experts"}
 
 
 @pytest.mark.parametrize(

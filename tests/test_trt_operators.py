@@ -10,6 +10,10 @@ from rtpurbo.kernels.router.reference import route_tokens
 
 pytest.importorskip("triton")
 
+from trt_attention_case import AttentionCase
+
+from rtpurbo.plugins.trt.nodes import NODES
+
 WINDOW, SINKS, SCALE, D = 24, 3, 0.4, 16
 MASK = {"window": WINDOW, "sinks": SINKS, "scale": SCALE}
 # (lengths before, valid tokens, rows of the chunk): decode with an idle row, a chunk of one token, chunks over ring borders.
@@ -152,18 +156,54 @@ def test_the_launches_of_a_mixture_route_and_mix(interpreted, tokens):
     assert torch.allclose(y, mix_experts(x, ids, weights, gate_up, down), atol=1e-5)
 
 
+ATTENTION = [name for name in NODES if name.startswith("Attention")]
+
+
+@pytest.mark.parametrize("chunk", [((0, 100, 90), (1, 1, 1), 1), ((60, 3, 41), (1, 0, 1), 1), ((0, 50), (37, 20), 37)], ids=str)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_the_launches_of_an_attention_node_append_and_attend_by_role(interpreted, name, chunk):
+    case = AttentionCase(name, chunk)
+    poison = torch.full((len(chunk[0]), chunk[2], case.H, case.D), float("nan"))
+    caches, (out,) = interpreted(name, case.attributes, case.inputs(), [poison])
+    kept = case.check(out, caches, 1e-4)
+    if "Selected" in name and chunk[0][1] == 100:
+        assert 0.2 < kept < 0.9
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rows", "width", "columns"), [(1, 48, 33), (5, 100, 7)])
+def test_the_launches_of_products_norm_the_sum_and_multiply(interpreted, rows, width, columns, bias):
+    generator = torch.Generator().manual_seed(3)
+    x, residual, norm, weight, b = (
+        torch.randn(s, generator=generator) for s in ((rows, width), (rows, width), (width,), (columns, width), (columns,))
+    )
+    suffix, more = ("Bias", [b]) if bias else ("", [])
+    poison = [torch.full(s, float("nan")) for s in ((rows, columns), (rows, width), (rows, width))]
+    _, (y,) = interpreted(f"Linear{suffix}", {}, [x, weight, *more], poison[:1])
+    assert torch.allclose(y.double(), x.double() @ weight.double().T + (b if bias else 0), atol=1e-4)
+    before = residual.clone()
+    _, (y, total, normed) = interpreted(f"NormLinear{suffix}", {"eps": 1e-6}, [x, residual, norm, weight, *more], poison)
+    assert torch.equal(residual, before)
+    assert torch.equal(total, x + residual)
+    want = total.double() / (total.double().square().mean(1, keepdim=True) + 1e-6).sqrt() * norm
+    assert torch.allclose(normed.double(), want, atol=1e-5)
+    assert torch.allclose(y.double(), want @ weight.double().T + (b if bias else 0), atol=1e-4)
+
+
 def run_operator(request):
     """(aliased inputs, outputs) after the launches of one execution; outputs are those that alias no input."""
     from rtpurbo.plugins.trt.nodes import NODES
     from rtpurbo.plugins.trt.operators import OPERATORS
+    from rtpurbo.plugins.trt.site import Site
 
     (name, attributes), inputs, outputs = request["case"], request["inputs"], request["outputs"]
     node, operator = NODES[name], OPERATORS[name]
-    plan = operator.plan(attributes, [tuple(x.shape) for x in inputs], torch.device("cpu"))
+    site = Site(device=torch.device("cpu"), capability=80, run=lambda work: work.run())
+    plan = operator.plan(attributes, [tuple(x.shape) for x in inputs], site)
     sources = [node.aliased_input(i) for i in range(len(node.outputs))]
     own = iter(outputs)
     everything = [next(own) if source < 0 else inputs[source] for source in sources]
-    operator.launch(attributes, plan, inputs, everything, lambda launch: launch.run())
+    operator.launch(attributes, plan, inputs, everything, site)
     return [inputs[source] for source in sources if source >= 0], outputs
 
 

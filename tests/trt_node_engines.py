@@ -56,7 +56,7 @@ def build(case: NodeCase, folder: Path, capabilities: tuple[int, ...]) -> Sessio
     graph = helper.make_graph([carrier], "one node", values(node.inputs), values(node.outputs))
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(CARRIER_DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    session, log = Session(), trt.Logger(trt.Logger.ERROR)
+    session, log = Session(capabilities=capabilities), trt.Logger(trt.Logger.ERROR)
     with registered(trt, session):
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -73,7 +73,7 @@ def build(case: NodeCase, folder: Path, capabilities: tuple[int, ...]) -> Sessio
     assert not session.failures, session.failures
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "engine.plan").write_bytes(bytes(plan))
-    compile_cubins(session.launches(), folder / "cubins", capabilities)
+    compile_cubins({capability: session.launches(capability) for capability in capabilities}, folder / "cubins")
     return session
 
 

@@ -2,12 +2,14 @@
 
 # Legend and meaning of the nodes: plugins.trt.nodes.
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 from onnx import FunctionProto, TensorProto, helper
 
+from rtpurbo.plugins.trt.attention_body import attention, parts_of
 from rtpurbo.plugins.trt.graph import OPSET, Graph
-from rtpurbo.plugins.trt.nodes import DECODE, DOMAIN, NODES
+from rtpurbo.plugins.trt.nodes import DECODE, DOMAIN, NODES, VERSION
 from rtpurbo.plugins.trt.selection_body import select_blocks
 
 
@@ -15,7 +17,7 @@ def function_of(name: str) -> FunctionProto:
     """The function body of a node."""
     node = NODES[name]
     graph = Graph()
-    results = _BODIES[name](graph)
+    results = attention(graph, node) if name.startswith("Attention") else _BODIES[name](graph)
     for port, result in zip(node.outputs, results, strict=True):
         graph.nodes.append(helper.make_node("Identity", [result], [port.name]))
     return helper.make_function(
@@ -24,14 +26,29 @@ def function_of(name: str) -> FunctionProto:
         [port.name for port in node.inputs],
         [port.name for port in node.outputs],
         graph.nodes,
-        [helper.make_opsetid("", OPSET)],
+        [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)],
         [*node.attributes, "plugin_namespace", "plugin_version"],
     )
 
 
 def functions(names: Iterable[str]) -> list[FunctionProto]:
-    """The bodies of these nodes, each once."""
-    return [function_of(name) for name in NODES if name in set(names)]
+    """The bodies of these nodes and of those that they call, each once."""
+    used = set(names)
+    used |= {part for name in used if name.startswith("Attention") for part in parts_of(name)}
+    return [function_of(name) for name in NODES if name in used]
+
+
+def _linear(g: Graph, *, bias: bool = False, x: str = "x") -> tuple[str, ...]:
+    return (g.op("Gemm", x, "weight", *(["bias"] if bias else []), attributes={"transB": 1}),)
+
+
+def _norm_linear(g: Graph, *, bias: bool = False) -> tuple[str, ...]:
+    total = g.op("Add", "x", "residual")
+    wide = g.float32(total)
+    mean = g.op("ReduceMean", g.op("Mul", wide, wide), g.integers(-1), attributes={"keepdims": 1})
+    scaled = g.op("Div", wide, g.op("Sqrt", g.op("Add", mean, g.attribute("eps", "float"))))
+    normed = g.op("CastLike", g.op("Mul", scaled, g.float32("norm")), "x")
+    return *_linear(g, bias=bias, x=normed), total, normed
 
 
 def _attend_local(g: Graph) -> tuple[str, ...]:
@@ -124,6 +141,10 @@ def _experts(g: Graph) -> tuple[str, ...]:
 
 
 _BODIES: dict[str, Callable[[Graph], tuple[str, ...]]] = {
+    "Linear": _linear,
+    "LinearBias": partial(_linear, bias=True),
+    "NormLinear": _norm_linear,
+    "NormLinearBias": partial(_norm_linear, bias=True),
     "AttendLocal": _attend_local,
     "Append": _append,
     "AppendKV": _append_kv,

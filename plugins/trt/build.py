@@ -104,7 +104,7 @@ def build(artifact: Path, out: Path, options: BuildOptions, report: Reporter) ->
         del exported, model
         report.advance({})
         report.stage("engine", 1)
-        session = Session()
+        session = Session(capabilities=options.capabilities)
         built = time.perf_counter()
         plan = _build_plan(trt, onnx, artifact, session, options, capacity, caches, phased)
         with (partial / PLAN_NAME).open("wb") as file:
@@ -112,10 +112,10 @@ def build(artifact: Path, out: Path, options: BuildOptions, report: Reporter) ->
         del plan
         engine_s = time.perf_counter() - built
         report.advance({})
-        kinds = list(session.launches())
-        report.stage("cubins", len(distinct(kinds)) * len(options.capabilities))
+        kinds = {capability: list(session.launches(capability)) for capability in options.capabilities}
+        report.stage("cubins", sum(len(distinct(launches)) for launches in kinds.values()))
         compiled = time.perf_counter()
-        compile_cubins(kinds, partial / CUBINS_NAME, options.capabilities, progress=lambda done, total: report.advance({}))
+        compile_cubins(kinds, partial / CUBINS_NAME, progress=lambda done, total: report.advance({}))
         for kept in _KEPT:
             if (artifact / kept).is_file():
                 shutil.copyfile(artifact / kept, partial / kept)

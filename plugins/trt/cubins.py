@@ -4,7 +4,7 @@ import ctypes
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ class Variant:
 
 def variant_of(launch: Launch) -> Variant:
     """The variant that fits a launch exactly; tensors may be on the meta device."""
-    assert not launch.early_launch, "launched without the attribute that programmatic dependent launch needs"
     function = launch.kernel
     names = [name for name in function.arg_names if name not in launch.constants]
     assert len(names) == len(launch.arguments), (function.__name__, names, len(launch.arguments))
@@ -81,20 +80,19 @@ def _kind(name: str, value: Any) -> tuple[str, bool]:
     return ("i64" if wide else "i32"), value % _ALIGNMENT == 0
 
 
-def compile_cubins(launches: Iterable[Launch], folder: Path, capabilities: Sequence[int], *, progress: Any = None) -> dict[str, Any]:
-    """Compile every distinct variant of the launches for every capability into `folder`, and write its index.
+def compile_cubins(wanted: Mapping[int, Iterable[Launch]], folder: Path, *, progress: Any = None) -> dict[str, Any]:
+    """Compile every distinct variant of the launches, given for each capability, into `folder`, and write its index.
 
     progress: called with (done, total) after each. Returns the index. Raises ValueError when Triton is missing or cannot compile.
     """
-    wanted = distinct(launches)
+    jobs = [(capability, *one) for capability, launches in wanted.items() for one in distinct(launches)]
     folder.mkdir()
     entries: list[dict[str, Any]] = []
-    for variant, kernel in wanted:
-        for capability in capabilities:
-            entries.append(_compile(variant, kernel, capability, folder))
-            if progress is not None:
-                progress(len(entries), len(wanted) * len(capabilities))
-    index = {"format": INDEX_FORMAT, "kernels_sha256": kernels_digest(), "capabilities": list(capabilities), "cubins": entries}
+    for capability, variant, kernel in jobs:
+        entries.append(_compile(variant, kernel, capability, folder))
+        if progress is not None:
+            progress(len(entries), len(jobs))
+    index = {"format": INDEX_FORMAT, "kernels_sha256": kernels_digest(), "capabilities": list(wanted), "cubins": entries}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
     return index
 
@@ -182,7 +180,7 @@ class CubinTable:
             raise ValueError(f"{path}: no cubin for compute capability {capability}, only for {capabilities}")
         self._variants: dict[tuple[Any, ...], tuple[Variant, dict[str, Any], bytes]] = {}
         self._functions: dict[str, Function] = {}
-        self._folder = folder
+        self._folder, self.capability = folder, capability
         for entry in index["cubins"]:
             if entry["capability"] == max(fitting):
                 variant = Variant(
@@ -204,7 +202,7 @@ class CubinTable:
             self._functions[entry["file"]] = function
         arguments = [_packed(kind, value) for kind, value in zip(variant.types, launch.arguments, strict=True) if kind != "1"]
         arguments += [ctypes.c_void_p(0) for _ in range(entry["hidden_pointers"])]
-        return function.prepare(launch.grid, entry["threads"], arguments)
+        return function.prepare(launch.grid, entry["threads"], arguments, early=launch.early_launch)
 
 
 def _packed(kind: str, value: Any) -> Any:

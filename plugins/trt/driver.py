@@ -10,6 +10,26 @@ _SUCCESS = 0
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 # A kernel may use this much shared memory without asking for it.
 _DEFAULT_SHARED_BYTES = 48 << 10
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute with a value of type int, in the 64 bytes that all values share."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("allowed", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
 
 
 class Function:
@@ -18,35 +38,37 @@ class Function:
     def __init__(self, image: bytes, name: str, shared_bytes: int, source: str) -> None:
         """Load a cubin into the current context; ValueError with the driver's reason when it does not fit this GPU."""
         driver = _driver()
-        module, self._handle = ctypes.c_void_p(), ctypes.c_void_p()
+        module, self.handle = ctypes.c_void_p(), ctypes.c_void_p()
         # CUDA keeps one context per device and process; torch has made it current by the time it has a tensor there.
         torch.cuda.current_stream().synchronize()
         _check(driver.cuModuleLoadData(ctypes.byref(module), image), f"{source}: the cubin cannot be loaded")
-        _check(driver.cuModuleGetFunction(ctypes.byref(self._handle), module, name.encode()), f"{source}: no kernel {name}")
+        _check(driver.cuModuleGetFunction(ctypes.byref(self.handle), module, name.encode()), f"{source}: no kernel {name}")
         if shared_bytes > _DEFAULT_SHARED_BYTES:
-            found = driver.cuFuncSetAttribute(self._handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+            found = driver.cuFuncSetAttribute(self.handle, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
             _check(found, f"{source}: {shared_bytes} bytes of shared memory are not to be had")
-        self._module, self._shared_bytes = module, shared_bytes
+        self._module, self.shared_bytes = module, shared_bytes
 
-    def prepare(self, grid: tuple[int, ...], threads: int, arguments: list[Any]) -> "PreparedLaunch":
-        """Bind ctypes values as arguments, in the kernel's order."""
-        return PreparedLaunch(self, (*grid, 1, 1)[:3], threads, arguments)
+    def prepare(self, grid: tuple[int, ...], threads: int, arguments: list[Any], *, early: bool = False) -> "PreparedLaunch":
+        """Bind ctypes values as arguments, in the kernel's order. early: may overlap the end of the launch before it."""
+        return PreparedLaunch(self, (*grid, 1, 1)[:3], threads, arguments, early)
 
 
 class PreparedLaunch:
     """A launch whose arguments are packed: `run` hands it to the driver and does nothing else."""
 
-    def __init__(self, function: Function, grid: tuple[int, ...], threads: int, arguments: list[Any]) -> None:
-        self._function, self._grid, self._threads = function, grid, threads
-        self._arguments = arguments
+    def __init__(self, function: Function, grid: tuple[int, ...], threads: int, arguments: list[Any], early: bool) -> None:
+        self._function, self._arguments = function, arguments
         self._packed = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, allowed=1)
+        self._config = _Config(
+            grid=grid, block=(threads, 1, 1), shared_bytes=function.shared_bytes, attributes=ctypes.addressof(self._attribute),
+            num_attributes=int(early),
+        )  # fmt: skip
 
     def run(self, stream: int) -> None:
         """Launch on a stream (its handle)."""
-        function = self._function
-        found = _driver().cuLaunchKernel(
-            function._handle, *self._grid, self._threads, 1, 1, function._shared_bytes, ctypes.c_void_p(stream), self._packed, None
-        )
+        self._config.stream = stream
+        found = _driver().cuLaunchKernelEx(ctypes.byref(self._config), self._function.handle, self._packed, None)
         _check(found, "a kernel launch failed")
 
 
@@ -60,7 +82,7 @@ def _driver() -> ctypes.CDLL:
     library.cuModuleLoadData.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
     library.cuFuncSetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-    library.cuLaunchKernel.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     return library
 
 

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 
 from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest, verify_files
 from rtpurbo.plugins.trt.bodies import functions
-from rtpurbo.plugins.trt.decoder import Decoder, Layer
+from rtpurbo.plugins.trt.decoder import Decoder, Layer, Pending
 from rtpurbo.plugins.trt.graph import IR_VERSION, OPSET, Graph
 from rtpurbo.plugins.trt.nodes import DOMAIN, VERSION
 from rtpurbo.plugins.trt.weights import ONNX_DTYPES, Weights
@@ -95,30 +95,30 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
     index_dtype = getattr(torch, manifest.indexer.key_dtype)
     decoder = Decoder(graph, weights, hf_config.to_dict(), manifest, index_dtype)
     layers = [_layer(manifest, i, used, options.dense) for i in range(len(manifest.layers))]
-    logits = _write(decoder, layers, _rope_tables(hf_config, positions, weights), positions, bool(hf_config.tie_word_embeddings))
+    logits = _write(decoder, layers, _rope_tables(hf_config, positions, weights), bool(hf_config.tie_word_embeddings))
     graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="logits"))
     return _model(decoder, layers, artifact, options, positions)
 
 
-def _write(decoder: Decoder, layers: list[Layer], tables: tuple[str, str], positions: int, tied: bool) -> str:
+def _write(decoder: Decoder, layers: list[Layer], tables: tuple[str, str], tied: bool) -> str:
     """The whole model's nodes; the name of the logits [B, V]."""
     g, weights = decoder.g, decoder.weights
     hidden = decoder.config["hidden_size"]
     embedding = weights.tensor("model.embed_tokens.weight")
     x_MC = g.reshape(g.gather(embedding, "input_ids", 0), -1, hidden)
-    cos, sin = decoder.rope_tables(*tables, positions)
+    x = Pending(x_MC, None)
     for layer in layers:
         prefix = f"model.layers.{layer.index}."
-        h_MC = decoder.normed(x_MC, f"{prefix}input_layernorm")
-        x_MC = g.op("Add", x_MC, decoder.attention(layer, h_MC, cos, sin))
-        h_MC = decoder.normed(x_MC, f"{prefix}post_attention_layernorm")
-        x_MC = g.op("Add", x_MC, decoder.mlp(layer.index, h_MC))
+        qkv, total, _ = decoder.norm_linear(
+            x, f"{prefix}input_layernorm", f"{prefix}self_attn.", "qkv_proj", ("q_proj", "k_proj", "v_proj")
+        )
+        x = decoder.mlp(layer.index, Pending(decoder.attention(layer, qkv, *tables), total))
     first_B = g.op("Mul", g.count_up(decoder.batch), g.op("Squeeze", decoder.rows, g.integers(0)))
     last_B = g.op("Max", g.op("Sub", g.int64("counts"), g.integer(1)), g.integer(0))
-    x_BC = decoder.normed(g.gather(x_MC, g.op("Add", first_B, last_B), 0), "model.norm")
-    if tied:
-        return g.float32(g.op("Gemm", x_BC, embedding, attributes={"transB": 1}))
-    return g.float32(decoder.linear(x_BC, "lm_head"))
+    row_B = g.op("Add", first_B, last_B)
+    assert x.residual is not None, "a model has at least one layer"
+    last = Pending(g.gather(x.added, row_B, 0), g.gather(x.residual, row_B, 0))
+    return g.float32(decoder.norm_linear(last, "model.norm", "", "", ("model.embed_tokens" if tied else "lm_head",))[0])
 
 
 def _layer(manifest: Manifest, index: int, indexer: dict[str, torch.Tensor], dense: bool) -> Layer:

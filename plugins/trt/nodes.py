@@ -15,14 +15,17 @@ plugin and not the function body. In TensorRT an aliased output is its input, up
 
 # B batch  T chunk tokens  S cached tokens (capacity)  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
 # I index-key sets  R index dim  N blocks (ceil(S / block))  M = B * T rows  E experts  X experts a token  C hidden  F expert width  G 2F
-# J retrieval heads
+# J retrieval heads  O outputs of a product; of fused projections H + 2 K heads of D  L local kv heads  Q positions  U D / 2  Z 2
 import json
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 DOMAIN = "rtpurbo"
 VERSION = 1
 PREFILL, DECODE = 1, 2
+# Axes of outputs whose size an attribute says.
+SIZED_BY = {"num_chosen": "X", "heads": "H"}
 # The node that carries them for tensorrt-rtx 1.6.1, see plugins.trt.carrier.
 CARRIER_DOMAIN, CARRIER_NAME = "com.microsoft", "LinearAttention"
 
@@ -76,9 +79,88 @@ def _node(name: str, what: str, inputs: str, outputs: str, aliased: dict[str, st
     return Node(name=name, what=what, inputs=_ports(inputs), outputs=_ports(outputs), aliased=aliased, attributes=attributes)
 
 
+def _product_nodes() -> tuple[Node, ...]:
+    """Linear and NormLinear, each also with a bias."""
+    made = []
+    for bias in ("", " bias:model:O"):
+        suffix = "Bias" if bias else ""
+        made += [
+            _node(
+                f"Linear{suffix}",
+                """y = x weight^T (+ bias), summed in fp32 and rounded once.""",
+                f"x:model:MC weight:model:OC{bias}",
+                "y:model:MO",
+                {},
+            ),
+            _node(
+                f"NormLinear{suffix}",
+                """sum = x + residual, rounded; normed = sum / sqrt(mean over C of sum^2 + eps) * norm in fp32, rounded; y = normed weight^T
+                (+ bias).""",
+                f"x:model:MC residual:model:MC norm:model:C weight:model:OC{bias}",
+                "y:model:MO sum:model:MC normed:model:MC",
+                {},
+                eps="float",
+            ),
+        ]
+    return tuple(made)
+
+
+def attention_name(*, norm: bool, retained: Literal["", "Causal", "Selected"], local: bool) -> str:
+    """The attention node of a layer: with q_norm and k_norm, with retained groups that attend so in decode, with local groups."""
+    return f"Attention{'Norm' if norm else ''}{retained}{'Local' if local else ''}"
+
+
+def _attention_nodes() -> tuple[Node, ...]:
+    """The attention of a layer between its projections, one node for each kind of layer."""
+    made = []
+    for norm, retained, local in product((False, True), ("", "Causal", "Selected"), (False, True)):
+        if not (retained or local):
+            continue
+        inputs = "qkv:model:BTO cos:model:QU sin:model:QU lengths:int32:B counts:int32:B visible:int32:B"
+        outputs, aliased = "out:model:BTHD", {}
+        attributes: dict[str, AttributeType] = {"heads": "int", "order": "ints", "window": "int", "sinks": "int", "scale": "float"}
+        if norm:
+            inputs += " norms:float32:ZD"
+            attributes["eps"] = "float"
+        if retained:
+            inputs += " k_cache:model:BSKD v_cache:model:BSKD"
+            outputs += " new_k:model:BSKD new_v:model:BSKD"
+            aliased |= {"new_k": "k_cache", "new_v": "v_cache"}
+            attributes["retrieval_counts"] = "ints"
+        if retained == "Selected":
+            inputs += " index_cache:index:BSIR index_q:float32:JRD index_k:float32:IRD phase:int32:P"
+            outputs += " new_index:index:BSIR"
+            aliased["new_index"] = "index_cache"
+            attributes |= {
+                "retrieval_heads": "ints", "key_groups": "ints", "key_sets": "ints", "block": "int", "top_p_ppb": "int",
+                "index_scale": "float",
+            }  # fmt: skip
+        if local:
+            inputs += " ring_k:model:BWLD ring_v:model:BWLD"
+            outputs += " new_ring_k:model:BWLD new_ring_v:model:BWLD"
+            aliased |= {"new_ring_k": "ring_k", "new_ring_v": "ring_v"}
+        made.append(
+            _node(
+                attention_name(norm=norm, retained=retained, local=local),
+                """qkv holds q, k, v heads side by side; run-time head i is its head order[i] (H, then K + L, then K + L of them; `heads` is
+                H). q and k through their RMS norms (norms: of q, of k; eps), then RoPE with cos and sin of the position; index queries and
+                keys from before RoPE, index_q of head retrieval_heads[j] and index_k of group key_groups[i]. Then the chunk is appended and
+                attends: retained groups as AppendKV + AttendCausal or Append + SelectBlocks + AttendRetained, local groups as
+                AttendLocal.""",
+                inputs,
+                outputs,
+                aliased,
+                **attributes,
+            )
+        )
+    return tuple(made)
+
+
 NODES = {
     node.name: node
     for node in (
+        *_product_nodes(),
+        *_attention_nodes(),
         _node(
             "AttendLocal",
             """Local KV groups, both phases. Query t of sequence b has position i = lengths[b] + t and sees the key at position j when

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from rtpurbo.kernels.launch import Launch
-from rtpurbo.plugins.trt.cubins import CubinTable
+from rtpurbo.plugins.trt.cubins import CAPABILITIES, CubinTable
 from rtpurbo.plugins.trt.driver import PreparedLaunch
 from rtpurbo.plugins.trt.memory import tensor_at
-from rtpurbo.plugins.trt.nodes import CARRIER_NAME, DOMAIN, NODES, VERSION, Node, parse_rule
+from rtpurbo.plugins.trt.nodes import CARRIER_NAME, DOMAIN, NODES, SIZED_BY, VERSION, Node, parse_rule
 from rtpurbo.plugins.trt.operators import OPERATORS, Scratch, launches, port_shapes, probes
+from rtpurbo.plugins.trt.products import Product
+from rtpurbo.plugins.trt.site import Site, Work
 
 # A prepared execution holds addresses; more sets of them than this mean that addresses change all the time.
 MAX_PREPARED = 64
@@ -27,21 +29,24 @@ RULE = "update_rule"
 class Session:
     """What the plugins of one build or one engine share.
 
-    table: the engine's cubins; None while building. seen: of every node at build (name, attributes, largest size of each axis, dtypes
-    of the inputs, of the outputs). failures: exceptions from inside TensorRT's calls, which can only say that something failed.
+    table: the engine's cubins; None while building. capabilities: the GPUs it is built for. seen: of every node at build (name,
+    attributes, largest size of each axis, dtypes of the inputs, of the outputs). failures: exceptions from inside TensorRT's calls,
+    which can only say that something failed.
     """
 
     table: CubinTable | None = None
+    capabilities: tuple[int, ...] = CAPABILITIES
     seen: dict[str, tuple[str, dict[str, Any], dict[str, int], list[torch.dtype], list[torch.dtype]]] = field(default_factory=dict)
     failures: list[BaseException] = field(default_factory=list)
 
-    def launches(self) -> Iterator[Launch]:
-        """Every kind of launch that an execution of the seen nodes can make."""
+    def launches(self, capability: int) -> Iterator[Launch]:
+        """Every kind of launch that an execution of the seen nodes can make on a GPU of this capability."""
         for name, attributes, largest, inputs, outputs in self.seen.values():
             for sizes in probes(NODES[name], largest):
                 shapes = port_shapes(NODES[name], attributes, sizes)
                 ports = [list(zip(found, dtypes, strict=True)) for found, dtypes in zip(shapes, (inputs, outputs), strict=True)]
-                yield from launches(name, attributes, ports[0], ports[1])[0]
+                works = launches(name, attributes, ports[0], ports[1], capability)[0]
+                yield from (work for work in works if isinstance(work, Launch))
 
 
 @contextmanager
@@ -119,7 +124,7 @@ class NodePlugin:
         self.layer, self.rule, self.session = layer, rule, session
         self.node, self.operator = NODES[name], OPERATORS[name]
         self.plans: dict[Any, Any] = {}
-        self.prepared: dict[Any, list[PreparedLaunch]] = {}
+        self.prepared: dict[Any, list[PreparedLaunch | Product]] = {}
 
     def note(self, shapes: Sequence[tuple[int, ...]], inputs: list[torch.dtype], outputs: list[torch.dtype]) -> dict[str, int]:
         """Remember what the builder plans for; returns the largest size of each axis."""
@@ -136,25 +141,31 @@ class NodePlugin:
         for sizes in probes(self.node, largest):
             found = port_shapes(self.node, self.attributes, sizes)
             ports = [list(zip(shape, dtypes, strict=True)) for shape, dtypes in zip(found, (inputs, outputs), strict=True)]
-            most = max(most, launches(self.node.name, self.attributes, ports[0], ports[1])[1])
+            for capability in self.session.capabilities:
+                most = max(most, launches(self.node.name, self.attributes, ports[0], ports[1], capability)[1])
         return most
 
     def plan(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
         """Tables and counters for these shapes, made once; the only memory of its own that a plugin has."""
         if shapes not in self.plans:
-            self.plans[shapes] = self.operator.plan(self.attributes, shapes, torch.device("cuda", torch.cuda.current_device()))
+            self.plans[shapes] = self.operator.plan(self.attributes, shapes, self._site([]))
             # Their contents are copied on torch's stream; the engine has its own.
             torch.cuda.current_stream().synchronize()
         return self.plans[shapes]
 
-    def prepare(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor], workspace: int) -> list[PreparedLaunch]:
+    def _site(self, found: list[Work]) -> Site:
+        device = torch.device("cuda", torch.cuda.current_device())
+        assert self.session.table is not None
+        return Site(device=device, capability=self.session.table.capability, run=found.append)
+
+    def prepare(self, inputs: list[torch.Tensor], outputs: list[torch.Tensor], workspace: int) -> list[PreparedLaunch | Product]:
         """The launches of one execution with these tensors and the workspace at an address, bound to the engine's cubins."""
         assert self.session.table is not None
-        found: list[Launch] = []
+        found: list[Work] = []
         plan = self.plan(tuple(tuple(x.shape) for x in inputs))
         with Scratch(workspace):
-            self.operator.launch(self.attributes, plan, inputs, outputs, found.append)
-        return [self.session.table.prepare(launch) for launch in found]
+            self.operator.launch(self.attributes, plan, inputs, outputs, self._site(found))
+        return [work if isinstance(work, Product) else self.session.table.prepare(work) for work in found]
 
 
 @cache
@@ -209,8 +220,11 @@ def _plugin_class(trt: Any) -> type:
             if "block" in self.part.attributes:
                 block = builder.constant(self.part.attributes["block"])
                 axes["N"] = builder.operation(trt.DimensionOperation.CEIL_DIV, axes["S"], block)
-            if "num_chosen" in self.part.attributes:
-                axes["X"] = builder.constant(self.part.attributes["num_chosen"])
+            for attribute, axis in SIZED_BY.items():
+                if attribute in self.part.attributes:
+                    axes[axis] = builder.constant(self.part.attributes[attribute])
+            if "D" not in axes and "U" in axes:
+                axes["D"] = builder.operation(trt.DimensionOperation.PROD, axes["U"], builder.constant(2))
             return [trt.DimsExprs([axes[axis] for axis in port.axes]) for port in node.outputs]
 
         def supports_format_combination(self, position: int, described: Any, num_inputs: int) -> bool:

@@ -1,0 +1,37 @@
+"""What an operator is told about where its launches run, and what it hands out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rtpurbo.kernels.launch import Launch
+from rtpurbo.plugins.trt.products import Product
+
+Attributes = Mapping[str, Any]
+Tensors = Sequence[torch.Tensor]
+Shapes = Sequence[tuple[int, ...]]
+Work = Launch | Product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """device: of tables and counters, "meta" while building. capability: the GPU's, 10 x major + minor. run: takes launches, in order."""
+
+    device: torch.device
+    capability: int
+    run: Callable[[Work], None]
+
+    @property
+    def launches_early(self) -> bool:
+        """Whether a launch may overlap the end of the one before it (programmatic dependent launch)."""
+        return self.capability >= 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """plan(attributes, input shapes, site) -> anything; launch(attributes, plan, inputs, outputs, site)."""
+
+    plan: Callable[[Attributes, Shapes, Site], Any]
+    launch: Callable[[Attributes, Any, Tensors, Tensors, Site], None]
