@@ -1,5 +1,7 @@
-"""Attention nodes: inputs of one execution and what it must give, from whole sequences and masks in fp64; the selection is the reference's."""
-reference selection."""
+"""Attention nodes: inputs of one execution and what it must give, from whole sequences and explicit masks in fp64.
+
+Of kernels/ it uses the reference of the selection alone.
+"""
 
 # B batch  S positions  O heads of the fused projections  H query heads  K kv heads  D head dim  J retrieval heads  I index-key sets
 from typing import Any
