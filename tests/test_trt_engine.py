@@ -161,32 +161,51 @@ def test_builds_that_cannot_be_are_refused_before_work(built, tmp_path, changed,
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-# Largest relative error of a token's logits, engine against runtime.
+# Largest relative error of a token's logits, engine against runtime, where nothing is chosen: neither blocks nor experts.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
-@pytest.mark.parametrize("lengths", [pytest.param(x, marks=gpu) for x in ((400,), (500, 3, 129, 384))], ids=str)
-@pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("qwen3_moe", "bfloat16")])
-def test_a_complete_engine_equals_the_runtime(tmp_path, family, dtype, lengths):
-    source = artifact(tmp_path / "artifact", family, key_dtype=dtype)
-    major, minor = torch.cuda.get_device_capability()
-    build(source, tmp_path / "engine", options(dtype=dtype, capabilities=(10 * major + minor,)), Silence())
-    engine, runtime = load_engine(tmp_path / "engine"), load(source, device="cuda", dtype=dtype)
-    rows = [random_ids(length + STEPS, seed) for seed, length in enumerate(lengths)]
+def logits_of(form, rows, lengths) -> torch.Tensor:
+    """Logits [1 + STEPS, B, V] after prompts of these lengths and after every further token; the second sequence stops after 5."""
     width = max(lengths)
     ids = torch.tensor([row[:n] + [0] * (width - n) for row, n in zip(rows, lengths, strict=True)])
     mask = torch.tensor([[1] * n + [0] * (width - n) for n in lengths])
-    states = [form.start(len(rows), CAPACITY) for form in (engine, runtime)]
-    got, want = ([form.prefill(state, ids, mask, chunk=CHUNK)] for form, state in zip((engine, runtime), states, strict=True))
+    state = form.start(len(rows), CAPACITY)
+    logits = [form.prefill(state, ids, mask, chunk=CHUNK)]
     for step in range(STEPS):
         tokens = torch.tensor([row[n + step] for row, n in zip(rows, lengths, strict=True)])
-        # The second sequence stops early: it must stay as it is.
         active = [b != 1 or step < 5 for b in range(len(rows))]
-        got.append(engine.decode(states[0], tokens, active))
-        want.append(runtime.decode(states[1], tokens, active))
+        logits.append(form.decode(state, tokens, active))
         for b, on in enumerate(active):
             if not on:
-                got[-1][b] = want[-1][b]
-    found, wanted = (torch.stack(x).float() for x in (got, want))
-    relative = (found - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-    assert relative.max().item() < TOLERANCE[dtype], relative.max(dim=0)
+                logits[-1][b] = logits[-2][b]
+    return torch.stack(logits).float()
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).flatten()
+
+
+@pytest.mark.parametrize("lengths", [pytest.param(x, marks=gpu) for x in ((400,), (500, 3, 129, 384))], ids=str)
+@pytest.mark.parametrize(
+    ("family", "dtype", "top_p"),
+    [("llama", "float32", 0.9), ("llama", "float32", 1.0), ("llama", "bfloat16", 1.0), ("llama", "bfloat16", 0.9),
+     ("qwen3", "bfloat16", 0.9), ("qwen3_moe", "bfloat16", 0.9)],
+)  # fmt: skip
+def test_a_complete_engine_equals_the_runtime(tmp_path, family, dtype, top_p, lengths):
+    """In bfloat16 the tiny peaked models are chaotic where they choose: one rounding moves a block or an expert over an edge. There the
+    runtime's own logits are 0.05 (median) to 0.66 (largest) away from float32, so an engine is held to what the runtime itself
+    reaches: its errors against the float32 runtime may not exceed 1.5 times the bfloat16 runtime's."""
+    source = artifact(tmp_path / "artifact", family, key_dtype=dtype, top_p=top_p)
+    major, minor = torch.cuda.get_device_capability()
+    build(source, tmp_path / "engine", options(dtype=dtype, capabilities=(10 * major + minor,)), Silence())
+    rows = [random_ids(length + STEPS, seed) for seed, length in enumerate(lengths)]
+    forms = [load_engine(tmp_path / "engine"), *(load(source, device="cuda", dtype=name) for name in (dtype, "float32"))]
+    engine, runtime, exact = (logits_of(form, rows, lengths) for form in forms)
+    if dtype == "float32" or (top_p == 1 and family != "qwen3_moe"):
+        errors = relative(engine, runtime)
+        assert errors.max().item() < TOLERANCE[dtype], errors
+        return
+    of_engine, of_runtime = relative(engine, exact), relative(runtime, exact)
+    for share in (0.5, 0.9):
+        assert of_engine.quantile(share) < 1.5 * of_runtime.quantile(share), (of_engine, of_runtime)

@@ -15,11 +15,26 @@ pytestmark = pytest.mark.trt
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'rtpurbo[trt-rtx]'")
 pytest.importorskip("triton")
 
+import trt_attention_case as attention_case  # noqa: E402
+from trt_attention_case import AttentionCase  # noqa: E402
 from trt_node_engines import NodeCase, NodeEngine, build  # noqa: E402
 
 WINDOW, SINKS, SCALE = 96, 4, 0.125
 MASK = {"window": WINDOW, "sinks": SINKS, "scale": SCALE}
 SELECTION = {"key_sets": [0, 1, 1], "block": 64, "sinks": SINKS, "top_p_ppb": 900_000_000, "scale": 0.25}
+ATTENTION = [name for name in NODES if name.startswith("Attention")]
+POSITIONS = 1024
+
+
+def attention_node(name: str) -> NodeCase:
+    case = AttentionCase(name, ((0,), (1,), 1), D=64)
+    sizes = {
+        "O": (case.H + 2 * case.K) * case.D, "U": case.D // 2, "Q": POSITIONS, "Z": 2, "K": len(case.counts_K), "L": case.local,
+        "D": case.D, "W": attention_case.WINDOW + attention_case.SINKS, "I": 3, "J": len(case.heads), "R": attention_case.R, "H": case.H,
+    }  # fmt: skip
+    return NodeCase(node=name, attributes=case.attributes, sizes=sizes)
+
+
 CASES = {
     "AttendLocal": NodeCase(node="AttendLocal", attributes=MASK, sizes={"H": 6, "K": 2, "D": 64, "W": WINDOW + SINKS}),
     "Append": NodeCase(node="Append", attributes={}, sizes={"K": 2, "D": 64, "I": 3, "R": 16}),
@@ -31,6 +46,12 @@ CASES = {
     "AttendCausal": NodeCase(node="AttendCausal", attributes={**MASK, "retrieval_counts": [2, 1]}, sizes={"H": 4, "K": 2, "D": 128}),
     "Route": NodeCase(node="Route", attributes={"num_chosen": 8, "normalize": 1}, sizes={"E": 128, "X": 8}),
     "Experts": NodeCase(node="Experts", attributes={}, sizes={"C": 256, "F": 128, "G": 256, "E": 16, "X": 4}),
+    **{
+        name: NodeCase(node=name, attributes={"eps": 1e-6} if "Norm" in name else {}, sizes={"C": 320, "O": 200})
+        for name in NODES
+        if "Linear" in name
+    },
+    **{name: attention_node(name) for name in ATTENTION},
 }
 
 
@@ -242,6 +263,48 @@ def test_route_in_an_engine_takes_the_lowest_id_among_equal_logits(engine_of, to
     wanted_ids, wanted = route_tokens(logits, 8, True)
     assert torch.equal(ids, wanted_ids)
     torch.testing.assert_close(weights, wanted, atol=0, rtol=2**-7)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "cuda graph"])
+@pytest.mark.parametrize("chunk", CHUNKS, ids=str)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in ATTENTION])
+def test_attention_in_an_engine_appends_and_attends_by_role(engine_of, name, chunk, graph):
+    # The order of the heads is an attribute: every case of a name has the same.
+    case = AttentionCase(name, chunk, D=64, S=POSITIONS, dtype=torch.bfloat16, device="cuda")
+    assert case.attributes == CASES[name].attributes
+    out, *caches = engine_of(name).run(*case.inputs(), graph=graph)
+    wanted = {port.name: cache for port, cache in zip(case.node.outputs[1:], caches, strict=True)}
+    case.check(out, [wanted[name] for name in ("new_k", "new_v", "new_index", "new_ring_k", "new_ring_v") if name in wanted], 2e-2)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "cuda graph"])
+@pytest.mark.parametrize("rows", [1, 2, 64, 2048])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in NODES if "Linear" in name])
+def test_products_in_an_engine_are_as_exact_as_their_parts(engine_of, name, rows, graph):
+    generator = torch.Generator("cuda").manual_seed(rows)
+    shapes = {"x": (rows, 320), "residual": (rows, 320), "norm": (320,), "weight": (200, 320), "bias": (200,)}
+    named = {key: torch.randn(shape, generator=generator, device="cuda").bfloat16() for key, shape in shapes.items()}
+    y, *more = engine_of(name).run(*(named[port.name] for port in NODES[name].inputs), graph=graph)
+    left = named["x"]
+    if more:
+        total, left = more
+        assert torch.equal(total, named["x"] + named["residual"])
+        want = total.double() / (total.double().square().mean(1, keepdim=True) + 1e-6).sqrt() * named["norm"].double()
+        assert (left.double() - want).norm() < 2**-8 * want.norm()
+    exact = left.double() @ named["weight"].double().T + (named["bias"].double() if "Bias" in name else 0)
+    assert (y.double() - exact).norm() < 2**-8 * exact.norm()
+
+
+@pytest.mark.parametrize("rows", [pytest.param(rows, marks=on_gpu) for rows in (1, 2, 64, 2048)])
+def test_float32_products_in_an_engine_are_not_rounded_to_tf32(rows, tmp_path):
+    case = NodeCase(node="Linear", attributes={}, sizes={"C": 320, "O": 200}, model=torch.float32)
+    major, minor = torch.cuda.get_device_capability()
+    build(case, tmp_path, (10 * major + minor,))
+    x, weight = torch.randn(rows, 320, device="cuda"), torch.randn(200, 320, device="cuda")
+    (y,) = NodeEngine(case, tmp_path).run(x, weight)
+    exact = x.double() @ weight.double().T
+    # TF32 gives 3e-4.
+    assert (y.double() - exact).norm() < 2e-6 * exact.norm()
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_gpu) for tokens in (1, 3, 5, 33, 300, 2048)])

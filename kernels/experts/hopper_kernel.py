@@ -5,6 +5,8 @@
 # pyright: reportOptionalMemberAccess=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
 # T tokens  X experts a token  P pairs, as rows sorted by expert  E experts  C hidden width  F expert width
 # In the kernels: M rows of a tile, N weight rows of a tile (in two boxes), K step of the inner axis
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rtpurbo.kernels.experts.kernel import sum_choices
 from rtpurbo.kernels.experts.sorting import sort_pairs
+from rtpurbo.kernels.launch import Launch
 
 # Renamed after triton 3.6.
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -23,24 +26,39 @@ M, N, K, STAGES = 128, 256, 64, 4
 
 
 def mix_experts(
-    x_TC: torch.Tensor, ids_TX: torch.Tensor, weights_TX: torch.Tensor, gate_up_EGC: torch.Tensor, down_ECF: torch.Tensor
+    x_TC: torch.Tensor,
+    ids_TX: torch.Tensor,
+    weights_TX: torch.Tensor,
+    gate_up_EGC: torch.Tensor,
+    down_ECF: torch.Tensor,
+    *,
+    y_TC: torch.Tensor | None = None,
+    programs: int | None = None,
+    run: Callable[[Launch], None] = Launch.run,
 ) -> torch.Tensor:
-    """See rtpurbo.kernels.experts.mix_experts; fp16 or bf16, C a multiple of 256 and F of 128."""
+    """See rtpurbo.kernels.experts.mix_experts; fp16 or bf16, C a multiple of 256 and F of 128. programs: one a multiprocessor."""
     E, C, F = down_ECF.shape
     P, X = ids_TX.numel(), ids_TX.shape[1]
-    sorted_pairs = sort_pairs(ids_TX, E, tile_rows=M, early_launch=True)
+    sorted_pairs = sort_pairs(ids_TX, E, tile_rows=M, early_launch=True, run=run)
     x_PC, h_PF, z_PC = (torch.empty(P, width, dtype=x_TC.dtype, device=x_TC.device) for width in (C, F, C))
     # Gathering rows in the product itself (asynchronous copies with a pointer a row) was slower up to 2048 tokens, 4 % faster at 8192.
-    copy_rows[(P,)](x_TC, sorted_pairs.pair_P, x_PC, x_TC.stride(0), C, X=X, STEP=min(2048, triton.next_power_of_2(C)))
-    programs = torch.cuda.get_device_properties(x_TC.device).multi_processor_count
+    run(Launch(
+        kernel=copy_rows, grid=(P,), arguments=(x_TC, sorted_pairs.pair_P, x_PC, x_TC.stride(0), C),
+        constants={"X": X, "STEP": min(2048, triton.next_power_of_2(C))},
+    ))  # fmt: skip
+    programs = programs or torch.cuda.get_device_properties(x_TC.device).multi_processor_count
     tiles = sorted_pairs.tiles_N3
     for left, weight, out, gated in ((x_PC, gate_up_EGC, h_PF, True), (h_PF, down_ECF, z_PC, False)):
         columns = out.shape[1] // (N // 2 if gated else N)
-        _grouped_product[(min(programs, tiles.shape[0] * columns),)](
-            _descriptor(left, M), _descriptor(weight.view(-1, left.shape[1]), N // 2), out, tiles, tiles.shape[0] * columns, columns,
-            weight.shape[1], left.shape[1], out.shape[1], M=M, N=N, K=K, STAGES=STAGES, GATED=gated, num_warps=4,
-        )  # fmt: skip
-    return sum_choices(z_PC, weights_TX, sorted_pairs, early_launch=True)
+        run(Launch(
+            kernel=_grouped_product, grid=(min(programs, tiles.shape[0] * columns),),
+            arguments=(
+                _descriptor(left, M), _descriptor(weight.view(-1, left.shape[1]), N // 2), out, tiles, tiles.shape[0] * columns, columns,
+                weight.shape[1], left.shape[1], out.shape[1],
+            ),
+            constants={"M": M, "N": N, "K": K, "STAGES": STAGES, "GATED": gated}, num_warps=4,
+        ))  # fmt: skip
+    return sum_choices(z_PC, weights_TX, sorted_pairs, early_launch=True, y_TC=y_TC, run=run)
 
 
 def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:

@@ -13,6 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention.descriptors import descriptor
 from rtpurbo.kernels.local_attention.merge import merge_parts, parts_for
 from rtpurbo.kernels.local_attention.tiles import (
@@ -364,15 +365,8 @@ def launch(
     B, T, _, G, D = q_BTKGD.shape
     if out_BTKGD.numel() == 0:
         return
-    tiles = triton.cdiv(T, BLOCK_QUERIES)
-    k_desc, v_desc = descriptor(k_BTKD, BLOCK_KEYS), descriptor(v_BTKD, BLOCK_KEYS)
-    ring_descs = [k_desc, v_desc, k_desc, v_desc]
-    if ring_k_BWKD is not None and ring_v_BWKD is not None:
-        ring_descs = [descriptor(x[:, sinks:], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
-        ring_descs += [descriptor(x[:, : max(sinks, 1)], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
-    ids, count = (lengths_B, lengths_B) if lists is None else lists
     programs = torch.cuda.get_device_properties(q_BTKGD.device).multi_processor_count
-    units, H = tiles * B * K * G, K * G
+    units, H = triton.cdiv(T, BLOCK_QUERIES) * B * K * G, K * G
     if parts is None:
         keys = min(k_BTKD.shape[1], window + sinks) if by_position else 0
         parts = parts_for(units, programs, keys, 4 * BLOCK_QUERIES * D)
@@ -381,13 +375,46 @@ def launch(
         part_PBTHD = torch.empty((parts, B, T, H, D), dtype=torch.float32, device=q_BTKGD.device)
         written_lse = torch.empty((parts, B, H, T), dtype=torch.float32, device=q_BTKGD.device)
         written, stride_part = part_PBTHD[0].unflatten(2, (K, G)), part_PBTHD.stride(0)
-    _prefill_hopper[(min(programs, units * parts),)](
-        descriptor(q_BTKGD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, written, written if written_lse is None else written_lse,
-        lengths_B, counts_B, ids, count, stride_part, *written.stride()[:4], B, H, G, T, tiles, parts, window, sinks,
-        scale * LOG2_E.value, ids.shape[-1],
-        M=BLOCK_QUERIES, N=BLOCK_KEYS, D=D, STAGES=stages, HAS_RING=ring_k_BWKD is not None, BY_POSITION=by_position,
-        LISTED=lists is not None, PARTED=parts > 1, HAS_LSE=written_lse is not None, PING_PONG=ping_pong, num_warps=4,
-    )  # fmt: skip
+    describe(
+        q_BTKGD, k_BTKD, v_BTKD, lengths_B, counts_B, ring_k_BWKD, ring_v_BWKD, written, written_lse, window=window, sinks=sinks,
+        scale=scale, by_position=by_position, lists=lists, stages=stages, ping_pong=ping_pong, parts=parts, stride_part=stride_part,
+        programs=programs,
+    ).run()  # fmt: skip
     if parts > 1:
         assert written_lse is not None
         merge_parts(part_PBTHD, written_lse, out_BTKGD, lse_BHT)
+
+
+def describe(
+    q_BTKGD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, counts_B: torch.Tensor,
+    ring_k_BWKD: torch.Tensor | None, ring_v_BWKD: torch.Tensor | None, out_BTKGD: torch.Tensor, lse_BHT: torch.Tensor | None,
+    *, window: int, sinks: int, scale: float, by_position: bool = False, lists: tuple[torch.Tensor, torch.Tensor] | None = None,
+    stages: int = 2, ping_pong: bool = True, parts: int = 1, stride_part: int = 0, programs: int,
+) -> Launch:  # fmt: skip
+    """The launch that writes out (and lse, where given); programs: at most so many, one a multiprocessor.
+
+    parts: out and lse are the first of so many results, each over a part of the keys and stride_part values behind the last.
+    """
+    B, T, K, G, D = q_BTKGD.shape
+    tiles = triton.cdiv(T, BLOCK_QUERIES)
+    k_desc, v_desc = descriptor(k_BTKD, BLOCK_KEYS), descriptor(v_BTKD, BLOCK_KEYS)
+    ring_descs = [k_desc, v_desc, k_desc, v_desc]
+    if ring_k_BWKD is not None and ring_v_BWKD is not None:
+        ring_descs = [descriptor(x[:, sinks:], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
+        ring_descs += [descriptor(x[:, : max(sinks, 1)], BLOCK_KEYS) for x in (ring_k_BWKD, ring_v_BWKD)]
+    ids, count = (lengths_B, lengths_B) if lists is None else lists
+    return Launch(
+        kernel=_prefill_hopper,
+        grid=(min(programs, tiles * B * K * G * parts),),
+        arguments=(
+            descriptor(q_BTKGD, BLOCK_QUERIES // 2), k_desc, v_desc, *ring_descs, out_BTKGD, out_BTKGD if lse_BHT is None else lse_BHT,
+            lengths_B, counts_B, ids, count, stride_part, *out_BTKGD.stride()[:4], B, K * G, G, T, tiles, parts, window, sinks,
+            scale * LOG2_E.value, ids.shape[-1],
+        ),
+        constants={
+            "M": BLOCK_QUERIES, "N": BLOCK_KEYS, "D": D, "STAGES": stages, "HAS_RING": ring_k_BWKD is not None,
+            "BY_POSITION": by_position, "LISTED": lists is not None, "PARTED": parts > 1, "HAS_LSE": lse_BHT is not None,
+            "PING_PONG": ping_pong,
+        },
+        num_warps=4,
+    )  # fmt: skip

@@ -56,7 +56,7 @@ def attend_local(attributes: Attributes, plan: Any, inputs: Tensors, outputs: Te
 def _local_chunk(attributes: Attributes, inputs: Tensors, out: torch.Tensor, site: Site) -> None:
     """A chunk of local groups attends to the old ring and itself; then the ring is written."""
     q, k, v, ring_k, ring_v, lengths, counts = inputs
-    site.run(_prefill(q, k, v, lengths, counts, out, attributes, ring=(ring_k, ring_v)))
+    site.run(_prefill(q, k, v, lengths, counts, out, attributes, site, ring=(ring_k, ring_v)))
     site.run(write_kernel.describe((ring_k, ring_v), (k, v), lengths, counts, attributes["window"], attributes["sinks"]))
 
 
@@ -71,15 +71,27 @@ def _local_token(
 
 def _prefill(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor, out: torch.Tensor,
-    attributes: Attributes, *, ring: tuple[torch.Tensor, torch.Tensor] | None = None, dense: bool = False,
+    attributes: Attributes, site: Site, *, ring: tuple[torch.Tensor, torch.Tensor] | None = None, dense: bool = False,
 ) -> Launch:  # fmt: skip
     """Attention of a chunk, to its ring and itself or, without a ring, to a cache by position; dense: within no window."""
     ring_k, ring_v = ring or (None, None)
     window = UNBOUNDED.value if dense else attributes["window"]
-    return prefill_kernel.describe(
-        q, k, v, lengths, counts, ring_k, ring_v, out, None, window=window, sinks=attributes["sinks"], scale=attributes["scale"],
-        by_position=ring is None,
-    )  # fmt: skip
+    tensors = [x for x in (q, k, v, ring_k, ring_v) if x is not None]
+    mask: dict[str, Any] = {"window": window, "sinks": attributes["sinks"], "scale": attributes["scale"], "by_position": ring is None}
+    if not _suits_hopper(tensors, attributes["scale"], site):
+        return prefill_kernel.describe(q, k, v, lengths, counts, ring_k, ring_v, out, None, **mask)
+    from rtpurbo.kernels.local_attention import hopper_kernel
+
+    K = k.shape[2]
+    q, out = (x if x.dim() == 5 else x.unflatten(2, (K, x.shape[2] // K)) for x in (q, out))
+    return hopper_kernel.describe(q, k, v, lengths, counts, ring_k, ring_v, out, None, **mask, programs=site.processors)
+
+
+def _suits_hopper(tensors: list[torch.Tensor], scale: float, site: Site) -> bool:
+    """Whether the Hopper kernel can attend to these tensors, as kernels.local_attention.obstacle_of says."""
+    copyable = all(x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:-1]) for x in tensors)
+    wide = tensors[0].dtype in (torch.float16, torch.bfloat16) and tensors[0].shape[-1] in (64, 128)
+    return site.capability == 90 and wide and copyable and scale > 0
 
 
 def _lse(q_BHD: torch.Tensor) -> torch.Tensor:
@@ -176,7 +188,7 @@ def attend_retained(attributes: Attributes, plan: RetainedPlan | None, inputs: T
             if heads.start < heads.stop:
                 place = (slice(None), slice(None), groups, heads)
                 keys = k[:, :, groups], v[:, :, groups]
-                site.run(_prefill(q_BTKGD[place], *keys, lengths, counts, out_BTKGD[place], attributes, dense=dense))
+                site.run(_prefill(q_BTKGD[place], *keys, lengths, counts, out_BTKGD[place], attributes, site, dense=dense))
 
 
 @dataclass(frozen=True, kw_only=True)

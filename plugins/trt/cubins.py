@@ -12,25 +12,26 @@ from typing import Any
 import torch
 
 from rtpurbo.kernels.launch import Launch
-from rtpurbo.plugins.trt.driver import Function, PreparedLaunch
+from rtpurbo.plugins.trt.driver import Function, PreparedLaunch, tensor_map
 
 CAPABILITIES = (80, 86, 89, 90)
 INDEX_NAME = "index.json"
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv", torch.int32: "*i32",
     torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 _C_TYPES: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 _ALIGNMENT = 16
+DESCRIPTOR = "tensordesc"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
     """What a cubin is compiled for.
 
-    types: of the run-time arguments, "1" for a stride that is the constant 1. aligned: arguments that must be multiples of 16 (for
-    pointers: addresses); a launch may use any variant that asks for no more than it has.
+    types: of the run-time arguments, "1" for a stride that is the constant 1, "tensordesc<...>" for a descriptor. aligned: arguments
+    that must be multiples of 16 (for pointers: addresses); a launch may use any variant that asks for no more than it has.
     """
 
     kernel: str
@@ -68,6 +69,10 @@ def variant_of(launch: Launch) -> Variant:
 
 def _kind(name: str, value: Any) -> tuple[str, bool]:
     """Type and alignment of one argument. Strides over the batch are 64 bits wide: a cache of a million tokens exceeds 32."""
+    if _is_descriptor(value):
+        block = ",".join(map(str, value.block_shape))
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+        return f"{DESCRIPTOR}<{_TYPES[value.base.dtype].removeprefix('*')}[{block}]{layout}>", False
     if isinstance(value, torch.Tensor):
         address = value.storage_offset() * value.element_size() if value.device.type == "meta" else value.data_ptr()
         return _TYPES[value.dtype], address % _ALIGNMENT == 0
@@ -78,6 +83,11 @@ def _kind(name: str, value: Any) -> tuple[str, bool]:
     wide = name.startswith("stride_") and name.endswith("b")
     assert wide or -(2**31) <= value < 2**31, (name, value)
     return ("i64" if wide else "i32"), value % _ALIGNMENT == 0
+
+
+def _is_descriptor(value: Any) -> bool:
+    """Whether an argument is a tensor descriptor, of Triton or of Gluon."""
+    return hasattr(value, "block_shape") and hasattr(value, "base")
 
 
 def compile_cubins(wanted: Mapping[int, Iterable[Launch]], folder: Path, *, progress: Any = None) -> dict[str, Any]:
@@ -127,7 +137,10 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
             hints[(place,)] = [["tt.divisibility", _ALIGNMENT]]
     # Fusion of products and sums is said, not left to a default that changes between releases of Triton.
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
-    source = ASTSource(kernel, signature, values, hints)
+    kind = ASTSource
+    if type(kernel).__module__.startswith("triton.experimental.gluon"):
+        from triton.experimental.gluon._runtime import GluonASTSource as kind
+    source = kind(kernel, signature, values, hints)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:
@@ -135,7 +148,11 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
     image, metadata = compiled.asm["cubin"], compiled.metadata
     entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
     assert entry is not None
-    hidden = entry.group(1).count(".param") - sum(kind != "1" for kind in variant.types)
+    descriptors = list(getattr(metadata, "tensordesc_meta", None) or [])
+    assert len(descriptors) == sum(kind.startswith(DESCRIPTOR) for kind in variant.types), f"{variant.kernel}: descriptors without metadata"
+    # A descriptor is passed with the shape and the strides of its tensor.
+    own = sum(1 + 2 * _rank(kind) if kind.startswith(DESCRIPTOR) else kind != "1" for kind in variant.types)
+    hidden = entry.group(1).count(".param") - own
     assert 0 <= hidden <= 2, f"{variant.kernel}: {hidden} parameters beyond its own"
     assert not getattr(metadata, "global_scratch_size", 0), f"{variant.kernel} wants scratch memory of its own"
     digest = hashlib.sha256(image).hexdigest()
@@ -149,6 +166,7 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
         "shared_bytes": metadata.shared,
         "threads": metadata.num_warps * 32,
         "hidden_pointers": hidden,
+        "descriptors": [{name: meta[name] for name in ("swizzle", "elem_size", "block_size")} for meta in descriptors],
         "kernel": variant.kernel,
         "types": list(variant.types),
         "aligned": list(variant.aligned),
@@ -200,9 +218,20 @@ class CubinTable:
         if function is None:
             function = Function(image, entry["entry"], entry["shared_bytes"], str(self._folder / entry["file"]))
             self._functions[entry["file"]] = function
-        arguments = [_packed(kind, value) for kind, value in zip(variant.types, launch.arguments, strict=True) if kind != "1"]
+        descriptors, arguments = iter(entry["descriptors"]), []
+        for kind, value in zip(variant.types, launch.arguments, strict=True):
+            if kind.startswith(DESCRIPTOR):
+                arguments.append(tensor_map(value.base, value.shape, value.strides, **next(descriptors)))
+                arguments += [*map(ctypes.c_int32, value.shape), *map(ctypes.c_int64, value.strides)]
+            elif kind != "1":
+                arguments.append(_packed(kind, value))
         arguments += [ctypes.c_void_p(0) for _ in range(entry["hidden_pointers"])]
         return function.prepare(launch.grid, entry["threads"], arguments, early=launch.early_launch)
+
+
+def _rank(kind: str) -> int:
+    """Axes of the tensor behind a descriptor's type, tensordesc<bf16[1,64,128],...>."""
+    return kind.partition("[")[2].partition("]")[0].count(",") + 1
 
 
 def _packed(kind: str, value: Any) -> Any:

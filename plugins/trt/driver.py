@@ -1,6 +1,7 @@
 """The few calls of the CUDA driver that launching a compiled kernel takes, through ctypes: no Triton, no compiler."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -30,6 +31,33 @@ class _Config(ctypes.Structure):
         ("attributes", ctypes.c_void_p),
         ("num_attributes", ctypes.c_uint),
     )
+
+
+# CUtensorMapDataType of what a descriptor may hold, and the choices that every descriptor makes: no interleaving, L2 fetches of 128 bytes,
+# zeros beyond the tensor.
+_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+_NO_INTERLEAVE, _L2_128B, _ZEROS = 0, 2, 0
+_MAP_BYTES, _MAP_ALIGNMENT = 128, 64
+
+
+def tensor_map(
+    base: torch.Tensor, shape: Sequence[int], strides: Sequence[int], *, swizzle: int, elem_size: int, block_size: list[int]
+) -> Any:
+    """A CUtensorMap over a tensor, as ctypes bytes; swizzle, block_size (of a tile): as the kernel was compiled.
+
+    Raises ValueError with the driver's reason where there is no such map.
+    """
+    rank = len(block_size)
+    buffer = (ctypes.c_char * (_MAP_BYTES + _MAP_ALIGNMENT))()
+    made = (ctypes.c_char * _MAP_BYTES).from_buffer(buffer, -ctypes.addressof(buffer) % _MAP_ALIGNMENT)
+    dims = (ctypes.c_uint64 * rank)(*reversed(shape))
+    steps = (ctypes.c_uint64 * rank)(*(elem_size * stride for stride in reversed(strides[:-1])), 0)
+    box, ones = (ctypes.c_uint32 * rank)(*reversed(block_size)), (ctypes.c_uint32 * rank)(*[1] * rank)
+    found = _driver().cuTensorMapEncodeTiled(
+        made, _MAP_TYPES[base.dtype], rank, base.data_ptr(), dims, steps, box, ones, _NO_INTERLEAVE, swizzle, _L2_128B, _ZEROS
+    )
+    _check(found, f"no tensor map for {tuple(shape)} with strides {tuple(strides)}")
+    return made
 
 
 class Function:
@@ -82,6 +110,9 @@ def _driver() -> ctypes.CDLL:
     library.cuModuleLoadData.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.cuModuleGetFunction.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p]
     library.cuFuncSetAttribute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    library.cuTensorMapEncodeTiled.argtypes = [
+        ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_void_p] * 5, *[ctypes.c_int] * 4,
+    ]  # fmt: skip
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     return library
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rtpurbo.kernels.experts import FEW_TOKENS, few_kernel
+from rtpurbo.kernels.experts import FEW_TOKENS, GLUON_ROWS, few_kernel
 from rtpurbo.kernels.experts import kernel as experts_kernel
 from rtpurbo.kernels.experts.sorting import PAIRS
 from rtpurbo.kernels.norm import kernel as norm_kernel
@@ -39,7 +39,7 @@ from rtpurbo.plugins.trt.products import Product
 from rtpurbo.plugins.trt.site import Attributes, Operator, Shapes, Site, Tensors, Work
 
 # Where kernels.experts changes its launches: pairs that one program sorts, and rows an expert (experts.kernel.tiles_for).
-SORTED_PAIRS, TILE_ROWS = PAIRS, (12, 40, 160)
+SORTED_PAIRS, TILE_ROWS = PAIRS, (12, 40, 160, *GLUON_ROWS)
 
 
 def _no_plan(attributes: Attributes, shapes: Shapes, site: Site) -> None:
@@ -81,9 +81,19 @@ def _experts(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tenso
     if x.shape[0] <= FEW_TOKENS:
         few_kernel.mix_experts(x, ids, weights, gate_up, down, y_TC=outputs[0], run=site.run, early_launch=site.launches_early)
         return
-    # Without the copy engine's descriptors and large tiles: one choice for all GPUs.
-    tiles = replace(experts_kernel.tiles_for(ids.numel(), gate_up.shape[0], hopper=False), descriptors=False)
-    experts_kernel.mix_experts(x, ids, weights, gate_up, down, tiles=tiles, y_TC=outputs[0], run=site.run)
+    # As kernels.experts.choose_impl chooses.
+    (E, C, F), hopper = down.shape, site.capability == 90
+    few, many = GLUON_ROWS
+    if hopper and few <= ids.numel() / E < many and x.dtype != torch.float32 and C % 256 == 0 and F % 128 == 0:
+        from rtpurbo.kernels.experts import hopper_kernel
+
+        hopper_kernel.mix_experts(x, ids, weights, gate_up, down, y_TC=outputs[0], programs=site.processors, run=site.run)
+        return
+    tiles = experts_kernel.tiles_for(ids.numel(), E, hopper=hopper)
+    if x.dtype == torch.float32:
+        # Twice the bytes: the large tiles would not fit.
+        tiles = replace(experts_kernel.tiles_for(ids.numel(), E, hopper=False), descriptors=False)
+    experts_kernel.mix_experts(x, ids, weights, gate_up, down, tiles=tiles, y_TC=outputs[0], early_launch=site.launches_early, run=site.run)
 
 
 OPERATORS = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rtpurbo.kernels.division import num_processors_of
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.plugins.trt.products import Product
 
@@ -22,6 +23,11 @@ class Site:
     device: torch.device
     capability: int
     run: Callable[[Work], None]
+
+    @property
+    def processors(self) -> int:
+        """Multiprocessors of the GPU; while building any number, as only grids depend on it."""
+        return num_processors_of(self.device)
 
     @property
     def launches_early(self) -> bool:
