@@ -88,7 +88,7 @@ def text_tokens(runtime: Runtime, count: int) -> list[int]:
 
 
 def operators_by_time(run: Callable[[], object]) -> list[tuple[str, float]]:
-    """(kernel, us a run) of the ten kernels that take most of the device's time."""
+    """(kernel, us a run) of the ten kernels that take most of the device's time, then of all together."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -96,7 +96,8 @@ def operators_by_time(run: Callable[[], object]) -> list[tuple[str, float]]:
         run()
         torch.cuda.synchronize()
     found = sorted(profiler.key_averages(), key=lambda entry: -entry.device_time_total)
-    return [(f"{entry.key[:60]} x{entry.count}", round(entry.device_time_total, 1)) for entry in found[:10]]
+    rows = [(f"{entry.key[:60]} x{entry.count}", round(entry.device_time_total, 1)) for entry in found[:10]]
+    return [*rows, (f"all x{sum(entry.count for entry in found)}", round(sum(entry.device_time_total for entry in found), 1))]
 
 
 @click.command()
@@ -124,7 +125,7 @@ def main(artifact: str, work: Path, prompt: int, steps: int, chunk: int, dtype: 
             out.write_text(json.dumps(rows, indent=1) + "\n")
 
     if not folder.exists():
-        options = BuildOptions(dtype=dtype, capacity=prompt + 256 + chunk, prefill_chunk=chunk, capabilities=(10 * major + minor,))
+        options = BuildOptions(dtype=dtype, capacity=prompt + 256 + 2 * chunk, prefill_chunk=chunk, capabilities=(10 * major + minor,))
         build(source, folder, options, Lines())
     note("build", read_info(folder).build)
     if build_only:
@@ -137,10 +138,14 @@ def main(artifact: str, work: Path, prompt: int, steps: int, chunk: int, dtype: 
         for name, form in (("engine", engine), ("runtime", runtime)):
             note(f"{name}, batch {batch}", times(form, prompt, batch, chunk))
     for name, form in (("engine", engine), ("runtime", runtime)):
-        state = form.start(1, prompt + 128)
+        state = form.start(1, prompt + 2 * chunk + 256)
         form.prefill(state, torch.tensor([tokens[:prompt]]), chunk=chunk)
         form.advance(state, [True])
         note(f"{name}, decode step by kernel, us", operators_by_time(lambda form=form, state=state: form.advance(state, [True])))
+        # The profiler runs it twice: two more chunks.
+        again = torch.tensor([tokens[:chunk]])
+        chunks = operators_by_time(lambda f=form, s=state, t=again: f.prefill(s, t, chunk=chunk))
+        note(f"{name}, prefill chunk by kernel, us", chunks)
 
 
 if __name__ == "__main__":
