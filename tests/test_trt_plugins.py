@@ -23,7 +23,7 @@ WINDOW, SINKS, SCALE = 96, 4, 0.125
 MASK = {"window": WINDOW, "sinks": SINKS, "scale": SCALE}
 SELECTION = {"key_sets": [0, 1, 1], "block": 64, "sinks": SINKS, "top_p_ppb": 900_000_000, "scale": 0.25}
 ATTENTION = [name for name in NODES if name.startswith("Attention")]
-POSITIONS = 1024
+POSITIONS = 1536
 
 
 def attention_node(name: str) -> NodeCase:
