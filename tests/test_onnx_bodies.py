@@ -106,7 +106,7 @@ def selection_inputs(random: torch.Generator, capacity: int, visible: list[int])
     return q_B1JR, k_BSIR, torch.tensor(key_sets)
 
 
-SELECTION = {"block": 16, "sinks": 20, "top_p_ppb": 900_000_000, "scale": 0.5}
+SELECTION = {"narrow_keys": 0, "block": 16, "sinks": 20, "top_p_ppb": 900_000_000, "scale": 0.5}
 
 
 @pytest.mark.parametrize("capacity", [480, 481, 495, 700])

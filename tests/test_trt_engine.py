@@ -54,7 +54,7 @@ def test_an_engine_folder_says_what_it_was_built_from(built):
     assert manifest == Manifest.load(source / MANIFEST_NAME)
     assert (info.capacity, info.prefill_chunk, info.batch, info.dtype, info.phased) == (CAPACITY, CHUNK, 4, "bfloat16", True)
     assert info.caches["layers.1.ring_k"].shape == (64, 2, 64)
-    assert info.caches["layers.0.index_cache"].shape == (None, 2, 16)
+    assert info.caches["layers.0.index_cache"].shape == (2, None, 16)
     assert info.plan_bytes == (engine / PLAN_NAME).stat().st_size
     # Each plugin's configuration, as it will be made from at run time.
     plan = (engine / PLAN_NAME).read_bytes()

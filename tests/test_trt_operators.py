@@ -102,7 +102,7 @@ def test_the_launches_of_a_decode_step_select_and_attend_to_the_selection(interp
     q, k, v, lengths, counts = history(chunk, K=2, H=6)
     generator = torch.Generator().manual_seed(1)
     index_k, index_q = torch.randn(3, 128, 2, 16, generator=generator), 3 * torch.randn(3, 1, 3, 16, generator=generator)
-    selection = {"key_sets": [0, 1, 1], "block": 16, "sinks": SINKS, "top_p_ppb": 800_000_000, "scale": 0.5}
+    selection = {"narrow_keys": 0, "key_sets": [0, 1, 1], "block": 16, "sinks": SINKS, "top_p_ppb": 800_000_000, "scale": 0.5}
     decode, visible = torch.zeros(2, dtype=torch.int32), lengths + counts
     poison = [torch.full((3, 3, 8), -1, dtype=torch.int32), torch.full((3, 3), -1, dtype=torch.int32)]
     _, (ids, count) = interpreted("SelectBlocks", selection, [index_q, index_k, visible, decode], poison)

@@ -21,13 +21,13 @@ from trt_node_engines import NodeCase, NodeEngine, build  # noqa: E402
 
 WINDOW, SINKS, SCALE = 96, 4, 0.125
 MASK = {"window": WINDOW, "sinks": SINKS, "scale": SCALE}
-SELECTION = {"key_sets": [0, 1, 1], "block": 64, "sinks": SINKS, "top_p_ppb": 900_000_000, "scale": 0.25}
+SELECTION = {"narrow_keys": 1, "key_sets": [0, 1, 1], "block": 64, "sinks": SINKS, "top_p_ppb": 900_000_000, "scale": 0.25}
 ATTENTION = [name for name in NODES if name.startswith("Attention")]
 POSITIONS = 1536
 
 
 def attention_node(name: str) -> NodeCase:
-    case = AttentionCase(name, ((0,), (1,), 1), D=64)
+    case = AttentionCase(name, ((0,), (1,), 1), D=64, dtype=torch.bfloat16)
     sizes = {
         "O": (case.H + 2 * case.K) * case.D, "U": case.D // 2, "Q": POSITIONS, "Z": 2, "K": len(case.counts_K), "L": case.local,
         "D": case.D, "W": attention_case.WINDOW + attention_case.SINKS, "I": 3, "J": len(case.heads), "R": attention_case.R, "H": case.H,
@@ -266,7 +266,7 @@ def test_route_in_an_engine_takes_the_lowest_id_among_equal_logits(engine_of, to
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["plain", "cuda graph"])
-@pytest.mark.parametrize("chunk", CHUNKS, ids=str)
+@pytest.mark.parametrize("chunk", [*CHUNKS, ((1300,), (1,), 1)], ids=str)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=on_gpu) for name in ATTENTION])
 def test_attention_in_an_engine_appends_and_attends_by_role(engine_of, name, chunk, graph):
     # The order of the heads is an attribute: every case of a name has the same.

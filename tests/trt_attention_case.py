@@ -48,7 +48,7 @@ class AttentionCase:
             self.key_sets = [0, 1, 1, 2]
             self.attributes |= {
                 "retrieval_heads": self.heads, "key_groups": [0, 0, 1], "key_sets": self.key_sets, "block": BLOCK,
-                "top_p_ppb": 800_000_000, "index_scale": 0.5,
+                "top_p_ppb": 800_000_000, "index_scale": 0.5, "narrow_keys": int(dtype != torch.float32),
             }  # fmt: skip
         self._make_history()
 
@@ -92,7 +92,7 @@ class AttentionCase:
             "ring_k": self._ring(self.k[:, :, retained:], self.lengths), "ring_v": self._ring(self.v[:, :, retained:], self.lengths),
         }  # fmt: skip
         if self.selects:
-            named["index_cache"] = self._cache(self.index_k, self.lengths)
+            named["index_cache"] = self._cache(self.index_k, self.lengths).transpose(1, 2)
         whole = {"lengths": self.lengths, "counts": self.counts, "visible": self.ends, "phase": [0] * (DECODE if decode else PREFILL)}
         found = []
         for port in self.node.inputs:
@@ -154,7 +154,7 @@ class AttentionCase:
         if retained:
             wanted += [self._cache(x[:, :, :retained], self.ends) for x in (self.k, self.v)]
         if self.selects:
-            wanted.append(self._cache(self.index_k, self.ends))
+            wanted.append(self._cache(self.index_k, self.ends).transpose(1, 2))
         if self.local:
             wanted += [self._ring(x[:, :, retained:], self.ends) for x in (self.k, self.v)]
         for found, want in zip(caches, wanted, strict=True):

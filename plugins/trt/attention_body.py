@@ -77,13 +77,13 @@ def _retained(g: Graph, q: str, kv: list[str], qk: str, heads: str, *, selects: 
         return _call(g, "AttendCausal", [q, *caches, "lengths", "counts", "visible"])[0], caches
     index_q = _indexed(g, qk, g.attribute("retrieval_heads", "ints"), "index_q")
     index_k = _indexed(g, qk, g.op("Add", g.attribute("key_groups", "ints"), heads), "index_k")
-    # ONNX Runtime takes 8-bit floats into a function only where a standard operator is the first to read them.
-    index_cache = g.op("Identity", "index_cache")
-    rows = [*kv, g.op("CastLike", index_k, index_cache)]
-    caches = _call(g, "Append", ["k_cache", "v_cache", index_cache, *rows, "lengths", "counts"])
-    chosen = _call(g, "SelectBlocks", [index_q, caches[2], "visible", "phase"], scale="index_scale")
-    inputs = [q, *caches[:2], "lengths", "counts", "visible", *chosen, "phase"]
-    return _call(g, "AttendRetained", inputs)[0], caches
+    # Set by set in the cache, token by token in the bodies. The conversion comes first: it is a standard operator that takes 8-bit floats.
+    rows = [*kv, g.op("CastLike", index_k, "index_cache")]
+    inputs = ["k_cache", "v_cache", g.transpose("index_cache", 0, 2, 1, 3), *rows, "lengths", "counts"]
+    *caches, index_cache = _call(g, "Append", inputs)
+    chosen = _call(g, "SelectBlocks", [index_q, index_cache, "visible", "phase"], scale="index_scale")
+    inputs = [q, *caches, "lengths", "counts", "visible", *chosen, "phase"]
+    return _call(g, "AttendRetained", inputs)[0], [*caches, g.transpose(index_cache, 0, 2, 1, 3)]
 
 
 def _indexed(g: Graph, qk: str, heads: str, weight_JRD: str) -> str:

@@ -12,6 +12,7 @@ from rtpurbo.kernels.append import kernel as append_kernel
 from rtpurbo.kernels.block_selection import kernel as selection_kernel
 from rtpurbo.kernels.block_selection import plan_selection
 from rtpurbo.kernels.cache_write import kernel as write_kernel
+from rtpurbo.kernels.decode_layer import fused
 from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
@@ -195,7 +196,7 @@ def attend_retained(attributes: Attributes, plan: RetainedPlan | None, inputs: T
 class AttentionPlan:
     """What an attention node knows of its layer and, for one token, its work division (None where there is nothing to divide).
 
-    order_O: which head of qkv each run-time head is, None where it is its own.
+    order_O: which head of qkv each run-time head is, None where it is its own. fused: of the whole layer in one launch, in 16 bits.
     """
 
     append: AppendPlan
@@ -203,6 +204,7 @@ class AttentionPlan:
     selection: Any
     retained: RetainedPlan | None
     ring: Any
+    fused: Any
 
 
 def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site: Site) -> AttentionPlan:
@@ -217,6 +219,11 @@ def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site
     assert one or not decodes, f"a decode step has {T} tokens"
     retrieval_heads, key_groups = (list(attributes.get(name, ())) for name in ("retrieval_heads", "key_groups"))
     place = {head: j for j, head in enumerate(retrieval_heads)}
+    layer = {
+        "group_size": G, "num_groups": groups, "retrieval_counts": attributes.get("retrieval_counts", ()), "batch": B, "head_dim": D,
+        "block_size": attributes.get("block", RING_BLOCK),
+    }  # fmt: skip
+    whole = decodes and selects and _suits_fused(attributes, B, D, G, site)
 
     def table(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=site.device)
@@ -230,10 +237,22 @@ def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site
     return AttentionPlan(
         append=facts,
         order_O=None if order == list(range(len(order))) else table(order),
-        selection=_plan_selection(attributes, B, *named["index_cache"][1:3], site) if selects and decodes else None,
+        selection=_plan_selection(attributes, B, named["index_cache"][2], named["index_cache"][1], site) if selects and decodes else None,
         retained=_plan_retained(attributes, B, retained * G, D, site, selects=selects) if retained and decodes else None,
         ring=_plan_ring(B, local * G, local, D, site) if local and one else None,
+        fused=_plan_fused(attributes, layer, named["index_cache"][2], site) if whole else None,
     )
+
+
+def _suits_fused(attributes: Attributes, B: int, D: int, G: int, site: Site) -> bool:
+    """Whether a layer decodes in one launch, as kernels.decode_layer.choose_impl says; its key sets ascend."""
+    window_in_cache = any(count < G for count in attributes["retrieval_counts"])
+    ascending = list(attributes["key_sets"]) == sorted(attributes["key_sets"])
+    return ascending and fused.is_faster(divmod(site.capability, 10), torch.bfloat16, B, D, window_in_cache)
+
+
+def _plan_fused(attributes: Attributes, layer: dict[str, Any], S: int, site: Site) -> Any:
+    return fused.plan_fused(**layer, key_sets=list(attributes["key_sets"]), capacity=S, device=site.device)
 
 
 def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: Tensors, outputs: Tensors, site: Site) -> None:
@@ -242,7 +261,8 @@ def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: T
     qkv, lengths, counts, visible, out = (*(named[name] for name in ("qkv", "lengths", "counts", "visible")), outputs[0])
     facts = plan.append
     H, D, G = facts.num_heads, facts.head_dim, facts.num_heads // facts.num_groups
-    k_cache, v_cache, index_cache = (named.get(name) for name in ("k_cache", "v_cache", "index_cache"))
+    k_cache, v_cache = named.get("k_cache"), named.get("v_cache")
+    index_cache = named["index_cache"].transpose(1, 2) if "index_cache" in named else None
     ring_k, ring_v = named.get("ring_k"), named.get("ring_v")
     retained = 0 if k_cache is None else k_cache.shape[2]
     turned, index_q = torch.empty_like(qkv), None
@@ -257,12 +277,20 @@ def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: T
     )
     site.run(launch)
     q, k, v = turned.unflatten(2, (-1, D)).split((H, facts.num_groups, facts.num_groups), dim=2)
-    if k_cache is not None:
+    if k_cache is not None and v_cache is not None:
         chosen: Tensors = ()
         if plan.selection is not None and index_q is not None and index_cache is not None:
             J, blocks = index_q.shape[2], -(-index_cache.shape[1] // attributes["block"])
             ids = torch.empty((qkv.shape[0], J, blocks), dtype=torch.int32, device=qkv.device)
             chosen = (ids, torch.empty((qkv.shape[0], J), dtype=torch.int32, device=qkv.device))
+            if plan.fused is not None and qkv.dtype != torch.float32:
+                ring = (k_cache, v_cache) if ring_k is None or ring_v is None else (ring_k, ring_v)
+                scales = attributes["scale"], attributes["index_scale"], attributes["top_p_ppb"] / 1e9
+                launch = fused.describe(
+                    plan.fused, q[:, 0], index_q[:, 0], visible, k_cache, v_cache, index_cache, *ring, *scales, *mask, out[:, 0], *chosen, 0
+                )
+                site.run(launch)
+                return
             _select(attributes, plan.selection, index_q, index_cache, visible, attributes["index_scale"], *chosen, site)
         kept = (q[:, :, : retained * G], k_cache, v_cache, lengths, counts, visible, *chosen)
         attend_retained(attributes, plan.retained, kept, (out[:, :, : retained * G],), site)

@@ -102,7 +102,8 @@ def _attend_retained(g: Graph) -> tuple[str, ...]:
 
 def _select_blocks(g: Graph) -> tuple[str, ...]:
     decode, prefill = Graph("decode_"), Graph("prefill_")
-    selected = select_blocks(decode)
+    # Outside of the branch that converts it back: ONNX Runtime drops a rounding with a conversion back right behind it.
+    selected = select_blocks(decode, g.cast("index_q", TensorProto.BFLOAT16))
     shape = prefill.concat(0, prefill.size("index_q", 0), prefill.size("index_q", 2))
     nothing = helper.make_tensor("nothing", TensorProto.INT32, [1], [0])
     zeros = [

@@ -20,6 +20,7 @@ class EngineCache(Cache):
         """Raises ValueError when the memory is not there."""
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         shapes = {name: (batch, *(capacity if size is None else size for size in cache.shape)) for name, cache in info.caches.items()}
+        self._capacity_axes = {name: cache.shape.index(None) if None in cache.shape else None for name, cache in info.caches.items()}
         dtypes = {name: getattr(torch, cache.dtype) for name, cache in info.caches.items()}
         wanted = sum(prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
         what = f"a cache for {batch} sequences of {capacity} tokens"
@@ -47,7 +48,8 @@ class EngineCache(Cache):
         """Copy a slot's sequence into other slots, whatever these held."""
         for target in targets:
             for name, tensor in self.tensors.items():
-                rows = slice(None) if name.rpartition(".")[2].startswith("ring") else slice(0, self.lengths[source])
-                tensor[target, rows].copy_(tensor[source, rows])
+                axis = self._capacity_axes[name]
+                pair = [tensor[slot] if axis is None else tensor[slot].narrow(axis, 0, self.lengths[source]) for slot in (target, source)]
+                pair[0].copy_(pair[1])
             self.lengths[target] = self.lengths[source]
             self.lengths_B[target] = self.lengths[source]

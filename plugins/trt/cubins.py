@@ -226,7 +226,7 @@ class CubinTable:
             elif kind != "1":
                 arguments.append(_packed(kind, value))
         arguments += [ctypes.c_void_p(0) for _ in range(entry["hidden_pointers"])]
-        return function.prepare(launch.grid, entry["threads"], arguments, early=launch.early_launch)
+        return function.prepare(launch.grid, entry["threads"], arguments, early=launch.early_launch, together=launch.all_at_once)
 
 
 def _rank(kind: str) -> int:

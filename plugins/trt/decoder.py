@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from onnx import NodeProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.plugins.trt.graph import Graph
@@ -186,6 +186,7 @@ class Decoder:
             "block": m.decode_block,
             "top_p_ppb": top_p_ppb(m.top_p),
             "index_scale": m.indexer.scale,
+            "narrow_keys": int(self.index_dtype != TensorProto.FLOAT),
         }
 
 

@@ -11,7 +11,8 @@ _SUCCESS = 0
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 # A kernel may use this much shared memory without asking for it.
 _DEFAULT_SHARED_BYTES = 48 << 10
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+# CUlaunchAttributeID.
+_COOPERATIVE, _PROGRAMMATIC_STREAM_SERIALIZATION = 2, 6
 
 
 class _Attribute(ctypes.Structure):
@@ -76,21 +77,27 @@ class Function:
             _check(found, f"{source}: {shared_bytes} bytes of shared memory are not to be had")
         self._module, self.shared_bytes = module, shared_bytes
 
-    def prepare(self, grid: tuple[int, ...], threads: int, arguments: list[Any], *, early: bool = False) -> "PreparedLaunch":
-        """Bind ctypes values as arguments, in the kernel's order. early: may overlap the end of the launch before it."""
-        return PreparedLaunch(self, (*grid, 1, 1)[:3], threads, arguments, early)
+    def prepare(
+        self, grid: tuple[int, ...], threads: int, arguments: list[Any], *, early: bool = False, together: bool = False
+    ) -> "PreparedLaunch":
+        """Bind ctypes values as arguments, in the kernel's order.
+
+        early: may overlap the end of the launch before it. together: refused where not all programs fit the GPU at once.
+        """
+        chosen = [attribute for attribute, on in ((_PROGRAMMATIC_STREAM_SERIALIZATION, early), (_COOPERATIVE, together)) if on]
+        return PreparedLaunch(self, (*grid, 1, 1)[:3], threads, arguments, chosen)
 
 
 class PreparedLaunch:
     """A launch whose arguments are packed: `run` hands it to the driver and does nothing else."""
 
-    def __init__(self, function: Function, grid: tuple[int, ...], threads: int, arguments: list[Any], early: bool) -> None:
+    def __init__(self, function: Function, grid: tuple[int, ...], threads: int, arguments: list[Any], chosen: list[int]) -> None:
         self._function, self._arguments = function, arguments
         self._packed = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-        self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, allowed=1)
+        self._attributes = (_Attribute * max(1, len(chosen)))(*(_Attribute(id=attribute, allowed=1) for attribute in chosen))
         self._config = _Config(
-            grid=grid, block=(threads, 1, 1), shared_bytes=function.shared_bytes, attributes=ctypes.addressof(self._attribute),
-            num_attributes=int(early),
+            grid=grid, block=(threads, 1, 1), shared_bytes=function.shared_bytes, attributes=ctypes.addressof(self._attributes),
+            num_attributes=len(chosen),
         )  # fmt: skip
 
     def run(self, stream: int) -> None:

@@ -66,7 +66,7 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
     Inputs: input_ids int32 [batch, chunk], right-padded; lengths int32 [batch], tokens cached before; counts int32 [batch], valid
     tokens of the chunk; phase int32 [1] in prefill, [2] in decode (see plugins.trt.nodes); the caches, in order of the layers:
     layers.{i}.ring_k, ring_v [batch, sinks + window, K, D], layers.{i}.k_cache, v_cache [batch, capacity, K, D] and
-    layers.{i}.index_cache [batch, capacity, I, R], zeros at first. Outputs: logits float32 [batch, V] of each sequence's last valid
+    layers.{i}.index_cache [batch, I, capacity, R], zeros at first. Outputs: logits float32 [batch, V] of each sequence's last valid
     token, and every cache's new value under `Export.caches`; a caller of TensorRT binds it to the same memory as its input.
 
     Raises ValueError for an artifact that the runtime would refuse, a prefill that selects, an activation other than silu, a top_p that
@@ -174,7 +174,7 @@ def _cache_shapes(decoder: Decoder, layer: Layer) -> dict[str, tuple[int, list[s
     dim, retained = manifest.model.head_dim, layer.num_retained
     ring = (decoder.dtype, ["batch", manifest.sinks + manifest.sliding_window, layer.layout.num_groups - retained, dim])
     full = (decoder.dtype, ["batch", "capacity", retained, dim])
-    index = (decoder.index_dtype, ["batch", "capacity", len(layer.layout.key_groups), manifest.indexer.dim])
+    index = (decoder.index_dtype, ["batch", len(layer.layout.key_groups), "capacity", manifest.indexer.dim])
     kinds = {"ring_k": ring, "ring_v": ring, "k_cache": full, "v_cache": full, "index_cache": index}
     return {f"{prefix}{name}": entry for name, entry in kinds.items()}
 

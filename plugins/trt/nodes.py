@@ -128,12 +128,12 @@ def _attention_nodes() -> tuple[Node, ...]:
             aliased |= {"new_k": "k_cache", "new_v": "v_cache"}
             attributes["retrieval_counts"] = "ints"
         if retained == "Selected":
-            inputs += " index_cache:index:BSIR index_q:float32:JRD index_k:float32:IRD phase:int32:P"
-            outputs += " new_index:index:BSIR"
+            inputs += " index_cache:index:BISR index_q:float32:JRD index_k:float32:IRD phase:int32:P"
+            outputs += " new_index:index:BISR"
             aliased["new_index"] = "index_cache"
             attributes |= {
                 "retrieval_heads": "ints", "key_groups": "ints", "key_sets": "ints", "block": "int", "top_p_ppb": "int",
-                "index_scale": "float",
+                "index_scale": "float", "narrow_keys": "int",
             }  # fmt: skip
         if local:
             inputs += " ring_k:model:BWLD ring_v:model:BWLD"
@@ -146,7 +146,7 @@ def _attention_nodes() -> tuple[Node, ...]:
                 H). q and k through their RMS norms (norms: of q, of k; eps), then RoPE with cos and sin of the position; index queries and
                 keys from before RoPE, index_q of head retrieval_heads[j] and index_k of group key_groups[i]. Then the chunk is appended and
                 attends: retained groups as AppendKV + AttendCausal or Append + SelectBlocks + AttendRetained, local groups as
-                AttendLocal.""",
+                AttendLocal. Index keys lie set by set, which the selection reads faster.""",
                 inputs,
                 outputs,
                 aliased,
@@ -192,7 +192,8 @@ NODES = {
             "SelectBlocks",
             """Decode: the blocks that each retrieval head selects for its one query, from the index keys with the query's own appended
             (METHOD section 4; kernels.block_selection.score_and_select). Retrieval head j reads key set key_sets[j]. ids: ascending,
-            anything at or beyond count. top_p = top_p_ppb / 1e9, exact where a float attribute is not. In prefill: count 0.""",
+            anything at or beyond count. top_p = top_p_ppb / 1e9, exact where a float attribute is not. narrow_keys: 1 where the index
+            keys are narrower than float32; queries are rounded to bfloat16 then. In prefill: count 0.""",
             "index_q:float32:BTJR index_k:index:BSIR visible:int32:B phase:int32:P",
             "ids:int32:BJN count:int32:BJ",
             {},
@@ -200,6 +201,7 @@ NODES = {
             block="int",
             sinks="int",
             top_p_ppb="int",
+            narrow_keys="int",
             scale="float",
         ),
         _node(

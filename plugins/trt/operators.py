@@ -178,7 +178,8 @@ def probes(node: Node, largest: Mapping[str, int]) -> Iterator[dict[str, int]]:
     axes = {axis for port in node.inputs for axis in port.axes}
     choices: dict[str, list[int]] = {}
     if "B" in axes:
-        choices["B"] = [largest["B"], largest["B"] + 1]
+        # One sequence may decode in another way than several.
+        choices["B"] = sorted({1, largest["B"], largest["B"] + 1})
     if "T" in axes:
         choices["T"] = sorted({1, max(2, largest["T"]), largest["T"] + 1} if largest["T"] > 1 else {1})
     if "S" in axes:

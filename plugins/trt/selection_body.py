@@ -8,9 +8,12 @@ from rtpurbo.kernels.block_selection.reference import BINS_PER_NAT, MASS_ONE, NU
 from rtpurbo.plugins.trt.graph import Graph
 
 
-def select_blocks(g: Graph) -> tuple[str, str]:
-    """ids int32 [B, J, N] (ascending, -1 beyond the count) and count int32 [B, J] from index_q, index_k and visible."""
-    max_BJN, sum_BJN = _block_scores(g)
+def select_blocks(g: Graph, rounded_q: str) -> tuple[str, str]:
+    """ids int32 [B, J, N] (ascending, -1 beyond the count) and count int32 [B, J] from index_q, index_k and visible.
+
+    rounded_q: index_q in bf16, which narrow keys are multiplied with.
+    """
+    max_BJN, sum_BJN = _block_scores(g, rounded_q)
     valid = g.op("Greater", sum_BJN, g.real(0.0))
     distance = g.op("Sub", g.reduce("Max", max_BJN, -1), max_BJN)
     mass = _block_mass(g, distance, sum_BJN, valid)
@@ -26,9 +29,11 @@ def select_blocks(g: Graph) -> tuple[str, str]:
     return g.cast(ids, TensorProto.INT32), g.cast(count, TensorProto.INT32)
 
 
-def _block_scores(g: Graph) -> tuple[str, str]:
+def _block_scores(g: Graph, rounded_q: str) -> tuple[str, str]:
     """Maximum and sum of exponentials (relative to it) of each block's index logits, fp32 [B, J, N]; -inf and 0 without key."""
-    q_BJ1R = g.axes(g.gather("index_q", g.integer(0), 1), 2)
+    narrow = g.op("Equal", g.attribute("narrow_keys", "int"), g.integer(1))
+    q_BTJR = g.op("Where", narrow, g.float32(rounded_q), "index_q")
+    q_BJ1R = g.axes(g.gather(q_BTJR, g.integer(0), 1), 2)
     k_BSJR = g.gather(g.float32("index_k"), g.attribute("key_sets", "ints"), 2)
     logits_BJS = g.op("Squeeze", g.op("MatMul", q_BJ1R, g.transpose(k_BSJR, 0, 2, 3, 1)), g.integers(2))
     logits_BJS = g.op("Mul", logits_BJS, g.attribute("scale", "float"))
