@@ -3,11 +3,14 @@
     python -m rtpurbo.benchmarks.trt_engine ARTIFACT --work FOLDER --prompt 16384 --out rows.json
 
 builds the engine into FOLDER (unless it is there), compares logits token by token (batch 1, and 4 of different lengths), and times a
-decode step and a prefill chunk of both forms. ARTIFACT may be `smollm2` or `qwen3-30b-slice`: random weights of that shape.
+decode step and a prefill chunk of both forms. ARTIFACT may be `smollm2` or `qwen3-30b-slice`: random weights of that shape. --exact adds
+the errors of both forms against the float32 runtime, --needles the answers to needle prompts of a model tuned by long_context.py.
 """
 
 import json
+import random
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,11 +75,38 @@ def times(form: Runtime, prompt: int, batch: int, chunk: int) -> dict[str, float
     return {"prefill_chunk_ms": prefill, "decode_step_ms": step}
 
 
-def agreement(engine: EngineRuntime, runtime: Runtime, tokens: list[int], lengths: list[int], steps: int, chunk: int) -> dict[str, Any]:
-    """Teacher-forced comparison of sequences cut from `tokens`."""
+def agreement(
+    engine: EngineRuntime, runtime: Runtime, exact: Runtime | None, tokens: list[int], lengths: list[int], steps: int, chunk: int
+) -> dict[str, Any]:
+    """Teacher-forced comparison of sequences cut from `tokens`; exact: the float32 runtime, which shows what rounding does to each form."""
     sequences = [tokens[: length + steps] for length in lengths]
     got, want = (teacher_forced_logits(form, sequences, dense=False, steps=steps, chunk=chunk) for form in (engine, runtime))
-    return {"lengths": lengths, "steps": steps, **compare_logits(got, want)}
+    found = {"lengths": lengths, "steps": steps, **compare_logits(got, want)}
+    if exact is not None:
+        true = teacher_forced_logits(exact, sequences, dense=False, steps=steps, chunk=chunk)
+        for name, logits in (("engine", got), ("runtime", want)):
+            errors = ((logits - true).norm(dim=-1) / true.norm(dim=-1)).flatten()
+            found[f"{name} against float32: median, 0.9, largest"] = [round(float(errors.quantile(q)), 4) for q in (0.5, 0.9, 1.0)]
+    return found
+
+
+def needles(forms: dict[str, Runtime], length: int, count: int) -> dict[str, Any]:
+    """Exact answers of `count` held-out needle prompts (half of them with four keys) by each form, greedily, one prompt at a time."""
+    from rtpurbo.benchmarks.long_context_data import Material, source_texts
+
+    material = Material(next(iter(forms.values())).tokenizer, source_texts("heldout", 1 << 30))
+    prompts = [material.needles(random.Random(f"check-{n}"), length, keys=1 + 3 * (n % 2)) for n in range(count)]
+    answers = {}
+    for name, form in forms.items():
+        answers[name] = [
+            list(form.generate([p.token_ids[: int(p.predicting[0]) + 1].tolist()], max_new_tokens=int(p.is_answer.sum()))[0].token_ids)
+            for p in prompts
+        ]
+    right = {
+        name: sum(a == p.token_ids[p.is_answer].tolist() for a, p in zip(found, prompts, strict=True)) for name, found in answers.items()
+    }
+    first, *others = answers.values()
+    return {"length": length, "prompts": count, "right": right, "equal": sum(all(o[i] == a for o in others) for i, a in enumerate(first))}
 
 
 def text_tokens(runtime: Runtime, count: int) -> list[int]:
@@ -108,8 +138,23 @@ def operators_by_time(run: Callable[[], object]) -> list[tuple[str, float]]:
 @click.option("--chunk", type=int, default=8192)
 @click.option("--dtype", default="bfloat16")
 @click.option("--build-only", is_flag=True)
+@click.option("--exact", is_flag=True)
+@click.option("--needles", "prompts", type=int, default=0)
+@click.option("--times/--no-times", "timed", default=True)
 @click.option("--out", type=click.Path(path_type=Path))
-def main(artifact: str, work: Path, prompt: int, steps: int, chunk: int, dtype: str, build_only: bool, out: Path | None) -> None:
+def main(
+    artifact: str,
+    work: Path,
+    prompt: int,
+    steps: int,
+    chunk: int,
+    dtype: str,
+    build_only: bool,
+    exact: bool,
+    prompts: int,
+    timed: bool,
+    out: Path | None,
+) -> None:
     """Build, compare, time; print and write what was found."""
     source = Path(artifact)
     if artifact in shapes():
@@ -130,10 +175,18 @@ def main(artifact: str, work: Path, prompt: int, steps: int, chunk: int, dtype: 
     note("build", read_info(folder).build)
     if build_only:
         return
+    began = time.perf_counter()
     engine, runtime = load_engine(folder), load(source, device="cuda", dtype=dtype)
+    note("seconds to load both", round(time.perf_counter() - began, 1))
     tokens = text_tokens(runtime, prompt + steps)
-    note("batch 1", agreement(engine, runtime, tokens, [prompt], steps, chunk))
-    note("batch 4", agreement(engine, runtime, tokens, [prompt, prompt // 2 + 7, prompt // 3, 99], steps, chunk))
+    true = load(source, device="cuda", dtype="float32") if exact else None
+    note("batch 1", agreement(engine, runtime, true, tokens, [prompt], steps, chunk))
+    note("batch 4", agreement(engine, runtime, true, tokens, [prompt, prompt // 2 + 7, prompt // 3, 99], steps, chunk))
+    del true
+    if prompts:
+        note("needles", needles({"engine": engine, "runtime": runtime}, prompt, prompts))
+    if not timed:
+        return
     for batch in (1, 4):
         for name, form in (("engine", engine), ("runtime", runtime)):
             note(f"{name}, batch {batch}", times(form, prompt, batch, chunk))
