@@ -52,7 +52,7 @@ def test_the_rule_gives_back_the_nodes_name_and_attributes(model: onnx.ModelProt
             seen.add(name)
     # One layer keeps both of its groups, the other one of them.
     attention = {"AttentionNormSelected", "AttentionNormSelectedLocal"}
-    assert seen == {"Linear", "NormLinear", *attention, "Route", "Experts"}
+    assert seen == {"Linear", "FirstNormLinear", "NormLinear", *attention, "Route", "Experts"}
 
 
 @pytest.mark.parametrize(

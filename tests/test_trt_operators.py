@@ -188,6 +188,9 @@ def test_the_launches_of_products_norm_the_sum_and_multiply(interpreted, rows, w
     want = total.double() / (total.double().square().mean(1, keepdim=True) + 1e-6).sqrt() * norm
     assert torch.allclose(normed.double(), want, atol=1e-5)
     assert torch.allclose(y.double(), want @ weight.double().T + (b if bias else 0), atol=1e-4)
+    _, (y, normed) = interpreted(f"FirstNormLinear{suffix}", {"eps": 1e-6}, [total, norm, weight, *more], [poison[0], poison[2]])
+    assert torch.allclose(normed.double(), want, atol=1e-5)
+    assert torch.allclose(y.double(), want @ weight.double().T + (b if bias else 0), atol=1e-4)
 
 
 def run_operator(request):

@@ -44,11 +44,16 @@ def _linear(g: Graph, *, bias: bool = False, x: str = "x") -> tuple[str, ...]:
 
 def _norm_linear(g: Graph, *, bias: bool = False) -> tuple[str, ...]:
     total = g.op("Add", "x", "residual")
-    wide = g.float32(total)
+    y, normed = _first_norm_linear(g, bias=bias, x=total)
+    return y, total, normed
+
+
+def _first_norm_linear(g: Graph, *, bias: bool = False, x: str = "x") -> tuple[str, ...]:
+    wide = g.float32(x)
     mean = g.op("ReduceMean", g.op("Mul", wide, wide), g.integers(-1), attributes={"keepdims": 1})
     scaled = g.op("Div", wide, g.op("Sqrt", g.op("Add", mean, g.attribute("eps", "float"))))
     normed = g.op("CastLike", g.op("Mul", scaled, g.float32("norm")), "x")
-    return *_linear(g, bias=bias, x=normed), total, normed
+    return *_linear(g, bias=bias, x=normed), normed
 
 
 def _attend_local(g: Graph) -> tuple[str, ...]:
@@ -146,6 +151,8 @@ _BODIES: dict[str, Callable[[Graph], tuple[str, ...]]] = {
     "LinearBias": partial(_linear, bias=True),
     "NormLinear": _norm_linear,
     "NormLinearBias": partial(_norm_linear, bias=True),
+    "FirstNormLinear": _first_norm_linear,
+    "FirstNormLinearBias": partial(_first_norm_linear, bias=True),
     "AttendLocal": _attend_local,
     "Append": _append,
     "AppendKV": _append_kv,

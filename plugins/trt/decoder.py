@@ -71,17 +71,6 @@ class Decoder:
         self.used.append(kind)
         return outputs
 
-    def norm(self, x: str, weight: str, eps: float) -> str:
-        """x / sqrt(mean(x^2) + eps) times the weight, in fp32 and not rounded."""
-        g, x32 = self.g, self.g.float32(x)
-        mean = g.op("ReduceMean", g.op("Mul", x32, x32), g.integers(-1), attributes={"keepdims": 1})
-        scaled = g.op("Div", x32, g.op("Sqrt", g.op("Add", mean, g.real(eps))))
-        return g.op("Mul", scaled, g.float32(weight))
-
-    def normed(self, x_MC: str, name: str) -> str:
-        """The norm of this name, rounded once to the model's dtype."""
-        return self.g.cast(self.norm(x_MC, self.weights.tensor(f"{name}.weight"), self.config["rms_norm_eps"]), self.dtype)
-
     def linear(self, x_MC: str, name: str) -> str:
         """x W^T (+ bias), with W [out, in] as it is stored."""
         return self._product(x_MC, f"{name}.weight", f"{name}.bias" if f"{name}.bias" in self.weights else None)
@@ -102,15 +91,15 @@ class Decoder:
             weight = self.weights.join(f"{prefix}{joined}.weight", weights)
             if weight is not None:
                 pairs = [(weight, self.weights.join(f"{prefix}{joined}.bias", biased, copy=True) if biased else None)]
-        eps, norm_weight = self.config["rms_norm_eps"], f"{norm}.weight"
+        (weight, bias), *pairs = pairs
+        inputs = [self._weight(name) for name in (f"{norm}.weight", weight, bias) if name is not None]
+        kind, attributes = "NormLinear" if bias is None else "NormLinearBias", {"eps": self.config["rms_norm_eps"]}
         if x.residual is None:
-            total, normed, ys = x.added, self.normed(x.added, norm), []
+            y, normed = self.custom(f"First{kind}", [x.added, *inputs], attributes, f"{norm}.")
+            total = x.added
         else:
-            (weight, bias), *pairs = pairs
-            inputs = [self._weight(name) for name in (norm_weight, weight, bias) if name is not None]
-            kind = "NormLinear" if bias is None else "NormLinearBias"
-            y, total, normed = self.custom(kind, [x.added, x.residual, *inputs], {"eps": eps}, f"{norm}.")
-            ys = [y]
+            y, total, normed = self.custom(kind, [x.added, x.residual, *inputs], attributes, f"{norm}.")
+        ys = [y]
         ys += [self._product(normed, weight, bias) for weight, bias in pairs]
         return self.g.concat(1, *ys), total, normed
 

@@ -80,7 +80,7 @@ def _node(name: str, what: str, inputs: str, outputs: str, aliased: dict[str, st
 
 
 def _product_nodes() -> tuple[Node, ...]:
-    """Linear and NormLinear, each also with a bias."""
+    """Linear, NormLinear and FirstNormLinear, each also with a bias."""
     made = []
     for bias in ("", " bias:model:O"):
         suffix = "Bias" if bias else ""
@@ -98,6 +98,14 @@ def _product_nodes() -> tuple[Node, ...]:
                 (+ bias).""",
                 f"x:model:MC residual:model:MC norm:model:C weight:model:OC{bias}",
                 "y:model:MO sum:model:MC normed:model:MC",
+                {},
+                eps="float",
+            ),
+            _node(
+                f"FirstNormLinear{suffix}",
+                """NormLinear of x alone: normed = x / sqrt(mean over C of x^2 + eps) * norm in fp32, rounded; y = normed weight^T (+ bias).""",
+                f"x:model:MC norm:model:C weight:model:OC{bias}",
+                "y:model:MO normed:model:MC",
                 {},
                 eps="float",
             ),

@@ -62,8 +62,21 @@ def _linear(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensor
 
 def _norm_linear(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, site: Site) -> None:
     x, residual, norm, weight, *biases = inputs
-    y, total, normed = outputs
-    bias, eps = biases[0] if biases else None, attributes["eps"]
+    _norm_and_multiply(attributes, x, residual, norm, weight, biases[0] if biases else None, outputs, site)
+
+
+def _first_norm_linear(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, site: Site) -> None:
+    x, norm, weight, *biases = inputs
+    # The kernel writes the sum too, which is x.
+    outputs = (outputs[0], torch.empty_like(x), outputs[1])
+    _norm_and_multiply(attributes, x, None, norm, weight, biases[0] if biases else None, outputs, site)
+
+
+def _norm_and_multiply(
+    attributes: Attributes, x: torch.Tensor, residual: torch.Tensor | None, norm: torch.Tensor, weight: torch.Tensor,
+    bias: torch.Tensor | None, outputs: Tensors, site: Site,
+) -> None:  # fmt: skip
+    (y, total, normed), eps = outputs, attributes["eps"]
     if _is_few(x):
         described = (norm, eps, residual, total, normed)
         site.run(matvec_kernel.describe(x, weight, bias, y, described, early_launch=site.launches_early))
@@ -73,7 +86,8 @@ def _norm_linear(attributes: Attributes, plan: None, inputs: Tensors, outputs: T
 
 
 def _route(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, site: Site) -> None:
-    site.run(router_kernel.describe(inputs[0], outputs[0], outputs[1], bool(attributes["normalize"])))
+    ids, weights = outputs
+    site.run(router_kernel.describe(inputs[0], ids, weights, bool(attributes["normalize"]), early_launch=site.launches_early))
 
 
 def _experts(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, site: Site) -> None:
@@ -107,6 +121,7 @@ OPERATORS = {
     "Experts": Operator(plan=_no_plan, launch=_experts),
     **{name: Operator(plan=_no_plan, launch=_linear) for name in ("Linear", "LinearBias")},
     **{name: Operator(plan=_no_plan, launch=_norm_linear) for name in ("NormLinear", "NormLinearBias")},
+    **{name: Operator(plan=_no_plan, launch=_first_norm_linear) for name in ("FirstNormLinear", "FirstNormLinearBias")},
     **{
         name: Operator(plan=partial(plan_attention_node, node), launch=partial(attention, node))
         for name, node in NODES.items()
