@@ -103,7 +103,8 @@ def _product_nodes() -> tuple[Node, ...]:
             ),
             _node(
                 f"FirstNormLinear{suffix}",
-                """NormLinear of x alone: normed = x / sqrt(mean over C of x^2 + eps) * norm in fp32, rounded; y = normed weight^T (+ bias).""",
+                """NormLinear of x alone: normed = x / sqrt(mean over C of x^2 + eps) * norm in fp32, rounded; y = normed weight^T
+                (+ bias).""",
                 f"x:model:MC norm:model:C weight:model:OC{bias}",
                 "y:model:MO normed:model:MC",
                 {},
