@@ -40,12 +40,11 @@ class Variant:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
-    max_registers: int | None
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """Everything but the alignment."""
-        return (self.kernel, self.types, self.constants, self.num_warps, self.num_stages, self.max_registers)
+        return (self.kernel, self.types, self.constants, self.num_warps, self.num_stages)
 
     def suits(self, aligned: tuple[bool, ...]) -> bool:
         """Whether arguments of this alignment may be given to the cubin."""
@@ -65,7 +64,6 @@ def variant_of(launch: Launch) -> Variant:
         constants=tuple(sorted(launch.constants.items())),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        max_registers=launch.max_registers,
     )
 
 
@@ -138,7 +136,7 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
         if aligned:
             hints[(place,)] = [["tt.divisibility", _ALIGNMENT]]
     # Fusion of products and sums is said, not left to a default that changes between releases of Triton.
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers, "enable_fp_fusion": True}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     kind = ASTSource
     if type(kernel).__module__.startswith("triton.experimental.gluon"):
         from triton.experimental.gluon._runtime import GluonASTSource as kind
@@ -175,7 +173,6 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
         "constants": constants,
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
-        "max_registers": variant.max_registers,
     }
 
 
@@ -207,7 +204,6 @@ class CubinTable:
                 variant = Variant(
                     kernel=entry["kernel"], types=tuple(entry["types"]), aligned=tuple(entry["aligned"]),
                     constants=tuple(sorted(entry["constants"].items())), num_warps=entry["num_warps"], num_stages=entry["num_stages"],
-                    max_registers=entry["max_registers"],
                 )  # fmt: skip
                 self._variants[variant.shape] = (variant, entry, _read(folder, entry))
 
