@@ -221,9 +221,23 @@ def test_what_an_engine_cannot_hold_is_refused_by_name(
         export(tmp_path, ExportOptions(**options))
 
 
-def test_a_prefill_that_selects_blocks_is_refused(tmp_path: Path) -> None:
-    eager.save_artifact(tmp_path, eager.tiny_config("llama", layers=1), [[0]], prefill_pattern="topp")
-    with pytest.raises(ValueError, match=r"rtpurbo.json: prefill_pattern is 'topp'; engines prefill densely, wanted dense"):
+@pytest.mark.parametrize(("mass", "chunk"), [(0.6, CHUNK), (0.6, 64), (1.0, CHUNK)])
+def test_a_prefill_that_selects_blocks_selects_as_the_runtime_does(tmp_path: Path, mass: float, chunk: int) -> None:
+    config, retrieval = eager.tiny_config("qwen3", layers=2), [[0, 5], [4, 5, 6, 7]]
+    logits = []
+    for pattern in ({"prefill_pattern": "topp", "prefill_top_p": mass}, {}):
+        eager.save_artifact(tmp_path, config, retrieval, prefill_block=16, **pattern)
+        engine = OnnxEngine(export(tmp_path), tmp_path, 1, CAPACITY)
+        logits.append(engine.prefill([random_ids(260)], chunk))
+    # It is another model than dense prefill, unless everything is selected.
+    assert (np.abs(logits[0] - logits[1]).max() > 10 * TOLERANCE) == (mass < 1)
+    eager.save_artifact(tmp_path, config, retrieval, prefill_block=16, prefill_pattern="topp", prefill_top_p=mass)
+    assert_equals_runtime(tmp_path, chunk=chunk)
+
+
+def test_a_prefill_block_that_no_kernel_has_is_refused(tmp_path: Path) -> None:
+    eager.save_artifact(tmp_path, eager.tiny_config("llama", layers=1), [[0]], prefill_pattern="topp", prefill_block=256)
+    with pytest.raises(ValueError, match=r"rtpurbo.json: prefill_block is 256, wanted one of \[16, 32, 64, 128\] for an engine"):
         export(tmp_path)
 
 

@@ -166,7 +166,7 @@ def test_the_launches_of_an_attention_node_append_and_attend_by_role(interpreted
     poison = torch.full((len(chunk[0]), chunk[2], case.H, case.D), float("nan"))
     caches, (out,) = interpreted(name, case.attributes, case.inputs(), [poison])
     kept = case.check(out, caches, 1e-4)
-    if "Selected" in name and chunk[0][1] == 100:
+    if ("Selected" in name and chunk[0][1] == 100) or ("Pooled" in name and chunk[0][0] == 0):
         assert 0.2 < kept < 0.9
 
 

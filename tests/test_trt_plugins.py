@@ -8,6 +8,7 @@ import torch
 
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.experts.reference import mix_experts
+from rtpurbo.kernels.prefill_selection import select_prefill
 from rtpurbo.kernels.router.reference import route_tokens
 from rtpurbo.plugins.trt.nodes import DECODE, NODES, PREFILL
 
@@ -42,6 +43,19 @@ CASES = {
     "SelectBlocks": NodeCase(node="SelectBlocks", attributes=SELECTION, sizes={"J": 3, "R": 16, "I": 2}),
     "AttendRetained": NodeCase(
         node="AttendRetained", attributes={**MASK, "retrieval_counts": [3, 1], "block": 64}, sizes={"H": 6, "K": 2, "D": 64, "J": 4}
+    ),
+    "AttendPooled": NodeCase(
+        node="AttendPooled",
+        attributes={
+            **MASK,
+            "retrieval_counts": [3, 1],
+            "block": 64,
+            "key_sets": [0, 1, 1, 2],
+            "index_scale": 0.25,
+            "prefill_ppb": 700_000_000,
+            "prefill_block": 128,
+        },
+        sizes={"H": 6, "K": 2, "D": 64, "J": 4, "I": 3, "R": 16},
     ),
     "AttendCausal": NodeCase(node="AttendCausal", attributes={**MASK, "retrieval_counts": [2, 1]}, sizes={"H": 4, "K": 2, "D": 128}),
     "Route": NodeCase(node="Route", attributes={"num_chosen": 8, "normalize": 1}, sizes={"E": 128, "X": 8}),
@@ -228,6 +242,37 @@ def test_retained_groups_in_prefill_attend_as_their_roles_say(engine_of, chunk, 
         for head in range(H if count else 0):
             retrieves = head % G < case.attributes["retrieval_counts"][head // G]
             assert h.error(out, b, head, head // G, everything if retrieves else local) < 1
+
+
+@pytest.mark.parametrize("chunk", [c for c in CHUNKS if c[2] > 1], ids=str)
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=on_gpu)], ids=[""])
+def test_attend_pooled_in_prefill_reads_the_blocks_that_the_reference_selects(engine_of, chunk, mark):
+    case = CASES["AttendPooled"]
+    h = History(*chunk, K=2, D=64, H=6, seed=7)
+    B, N = len(h.lengths), -(-h.k.shape[1] // 64)
+    generator = torch.Generator("cuda").manual_seed(8)
+    index_k = torch.randn(*h.k.shape[:2], 3, 16, generator=generator, device="cuda").bfloat16()
+    index_q = 3 * torch.randn(B, h.q.shape[1], 4, 16, generator=generator, device="cuda")
+    inputs = [h.q, h.cache(h.k), h.cache(h.v), h.lengths_B, h.counts_B, h.visible_B]
+    inputs += [torch.full((B, 4, N), -1, dtype=torch.int32, device="cuda"), torch.zeros(B, 4, dtype=torch.int32, device="cuda")]
+    inputs += [torch.zeros(PREFILL, dtype=torch.int32, device="cuda"), index_q, h.cache(index_k)]
+    (out,) = engine_of("AttendPooled").run(*inputs)
+    key_sets = torch.tensor(case.attributes["key_sets"])
+    options = {"scale": 0.25, "top_p": 0.7, "sinks": SINKS, "block": 128, "impl": "reference"}
+    ids, count = select_prefill(
+        index_q.cpu(), h.cache(index_k).cpu(), key_set_H=key_sets, lengths_B=h.lengths_B.cpu(), counts_B=h.counts_B.cpu(), **options
+    )
+    rows = {0: 0, 1: 1, 2: 2, 3: 3}
+    for b, n in enumerate(h.counts):
+        for head in range(6 if n else 0):
+            if head not in rows:
+                assert h.error(out, b, head, head // 3, local) < 1
+                continue
+            lists = torch.zeros(ids.shape[2], ids.shape[3], dtype=torch.bool)
+            for block in range(ids.shape[2]):
+                lists[block, ids[b, rows[head], block, : count[b, rows[head], block]].long()] = True
+            lists, first = lists.cuda(), h.lengths[b]
+            assert h.error(out, b, head, head // 3, lambda i, j, lists=lists, first=first: lists[(i - first) // 128, j // 128]) < 1
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["plain", "cuda graph"])

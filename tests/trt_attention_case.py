@@ -1,6 +1,6 @@
 """Attention nodes: inputs of one execution and what it must give, from whole sequences and explicit masks in fp64.
 
-Of kernels/ it uses the reference of the selection alone.
+Of kernels/ it uses the references of the selections alone.
 """
 
 # B batch  S positions  O heads of the fused projections  H query heads  K kv heads  D head dim  J retrieval heads  I index-key sets
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
+from rtpurbo.kernels.prefill_selection import select_prefill
 from rtpurbo.plugins.trt.nodes import DECODE, NODES, PREFILL
 
 WINDOW, SINKS, BLOCK, R, EPS = 24, 3, 16, 16, 1e-6
@@ -26,6 +27,7 @@ class AttentionCase:
         ports = {port.name for port in self.node.inputs}
         self.selects = "index_q" in ports
         self.counts_K = RETRIEVAL if "k_cache" in ports else ()
+        self.pooled, self.prefill_block = "prefill_ppb" in self.node.attributes, 16 if D == 16 else 128
         self.local, self.norm = LOCAL if "ring_k" in ports else 0, "norms" in ports
         self.K = len(self.counts_K) + self.local
         self.H, self.lengths, self.counts, self.T = G * self.K, *chunk
@@ -50,6 +52,8 @@ class AttentionCase:
                 "retrieval_heads": self.heads, "key_groups": [0, 0, 1], "key_sets": self.key_sets, "block": BLOCK,
                 "top_p_ppb": 800_000_000, "index_scale": 0.5, "narrow_keys": int(dtype != torch.float32),
             }  # fmt: skip
+        if self.pooled:
+            self.attributes |= {"prefill_ppb": 700_000_000, "prefill_block": self.prefill_block}
         self._make_history()
 
     def random(self, *shape: int) -> torch.Tensor:
@@ -133,9 +137,27 @@ class AttentionCase:
                 mask[b, j, ids[b, j, : count[b, j]].long()] = True
         return mask
 
+    def _listed(self) -> torch.Tensor | None:
+        """Bool [B, J, T, S] of a chunk that selects, from the reference; None elsewhere."""
+        if not self.pooled or self.T == 1:
+            return None
+        index_q = torch.full((len(self.lengths), self.T, *self.index_q.shape[2:]), 99.0)
+        for b, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
+            index_q[b, : end - length] = self.index_q[b, length:end]
+        lengths, counts = (torch.tensor(x, dtype=torch.int32) for x in (self.lengths, self.counts))
+        ids, count = select_prefill(
+            index_q, self.index_k, key_set_H=torch.tensor(self.key_sets), lengths_B=lengths, counts_B=counts, scale=0.5, top_p=0.7,
+            sinks=SINKS, block=self.prefill_block, impl="reference",
+        )  # fmt: skip
+        B, J, Q, N = ids.shape
+        blocks = torch.zeros(B, J, Q, N + 1, dtype=torch.bool)
+        places = torch.where(torch.arange(N) < count[..., None], ids, N).long()
+        blocks = blocks.scatter(3, places, True)
+        return blocks[:, :, torch.arange(self.T) // self.prefill_block][..., torch.arange(self.S) // self.prefill_block]
+
     def check(self, out: torch.Tensor, caches: list[torch.Tensor], tolerance: float) -> float:
         """Assert outputs (the error of every head and row relative to the head's outputs) and caches; returns the share of blocks kept."""
-        out, chosen = out.double().cpu(), self._chosen()
+        out, chosen, listed = out.double().cpu(), self._chosen(), self._listed()
         retained = len(self.counts_K)
         for b, count in enumerate(self.counts):
             end = self.ends[b]
@@ -145,6 +167,8 @@ class AttentionCase:
                 seen = (i - j < WINDOW) | (j < SINKS)
                 if group < retained and place < self.counts_K[group]:
                     seen = j >= 0 if chosen is None else chosen[b, self.heads.index(head)][j // BLOCK]
+                    if listed is not None:
+                        seen = listed[b, self.heads.index(head), :count, :end]
                 q = self.q[b, self.lengths[b] : end, head].to(self.dtype).double()
                 logits = (q @ self.k[b, :end, group].T * self.scale).masked_fill(~((j <= i) & seen), float("-inf"))
                 exact = logits.softmax(-1) @ self.v[b, :end, group]
@@ -159,6 +183,9 @@ class AttentionCase:
             wanted += [self._ring(x[:, :, retained:], self.ends) for x in (self.k, self.v)]
         for found, want in zip(caches, wanted, strict=True):
             torch.testing.assert_close(found.double().cpu(), want.to(self.dtype).double(), atol=tolerance, rtol=tolerance)
+        if listed is not None:
+            rows = [(b, count, end) for b, (count, end) in enumerate(zip(self.counts, self.ends, strict=True)) if count]
+            return sum(listed[b, :, :count, :end].float().mean().item() for b, count, end in rows) / len(rows)
         if chosen is None:
             return 1.0
         return float(chosen.sum()) / sum(-(-end // BLOCK) * len(self.heads) for end, count in zip(self.ends, self.counts, strict=True))

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from rtpurbo.kernels.launch import Launch
+
 BINS_PER_NAT = tl.constexpr(8.0)
 MASS_ONE = tl.constexpr(4294967296.0)
 # A mass is at most 2^32. The sums of its lower 17 and of its upper bits over 2^14 blocks fit 32 bits, whose sums are several times faster.
@@ -133,18 +135,49 @@ def select_prefill(
     S, sets = index_k_BSIR.shape[1:3]
     N, Q = triton.cdiv(S, block), triton.cdiv(T, block)
     device = index_q_BTHR.device
-    pooled_BIRN = torch.empty((B, sets, R, N), dtype=torch.float32, device=device)
     ids_BHQN = torch.empty((B, H, Q, N), dtype=torch.int32, device=device)
     count_BHQ = torch.empty((B, H, Q), dtype=torch.int32, device=device)
     if ids_BHQN.numel() == 0:
         return ids_BHQN, count_BHQ.zero_()
-    constants = {"BLOCK": block, "ROWS": triton.next_power_of_2(block), "R": R, "R_PADDED": triton.next_power_of_2(R)}
-    _pool_keys[(N, B * sets)](
-        index_k_BSIR, pooled_BIRN, lengths_B, counts_B, *index_k_BSIR.stride(), sets, N, MAX=pooling == "max", num_warps=2, **constants
-    )
-    tile = max(triton.next_power_of_2(N), 128)
-    _select[(Q, B * H)](
-        index_q_BTHR, pooled_BIRN, key_set_H, lengths_B, counts_B, ids_BHQN, count_BHQ, *index_q_BTHR.stride(), H, sets, Q, N, scale,
-        sinks, TILE=tile, TOP_P=top_p, MAX=pooling == "max", num_warps=min(16, max(1, tile // 512)), **constants,
-    )  # fmt: skip
+    pooled_BIRN = torch.empty((B, sets, R, N), dtype=torch.float32, device=device)
+    describe_pool(index_k_BSIR, lengths_B, counts_B, pooled_BIRN, block=block, pooling=pooling).run()
+    describe_select(
+        index_q_BTHR, pooled_BIRN, key_set_H, lengths_B, counts_B, ids_BHQN, count_BHQ, scale=scale, top_p=top_p, sinks=sinks, block=block,
+        pooling=pooling,
+    ).run()  # fmt: skip
     return ids_BHQN, count_BHQ
+
+
+def describe_pool(
+    index_k_BSIR: torch.Tensor, lengths_B: torch.Tensor, counts_B: torch.Tensor, pooled_BIRN: torch.Tensor, *, block: int,
+    pooling: str = "mean",
+) -> Launch:  # fmt: skip
+    """The launch that pools the index keys."""
+    B, sets, _, N = pooled_BIRN.shape
+    return Launch(
+        kernel=_pool_keys, grid=(N, B * sets),
+        arguments=(index_k_BSIR, pooled_BIRN, lengths_B, counts_B, *index_k_BSIR.stride(), sets, N),
+        constants={**_shape(block, index_k_BSIR.shape[3]), "MAX": pooling == "max"}, num_warps=2,
+    )  # fmt: skip
+
+
+def describe_select(
+    index_q_BTHR: torch.Tensor, pooled_BIRN: torch.Tensor, key_set_H: torch.Tensor, lengths_B: torch.Tensor, counts_B: torch.Tensor,
+    ids_BHQN: torch.Tensor, count_BHQ: torch.Tensor, *, scale: float, top_p: float, sinks: int, block: int, pooling: str = "mean",
+) -> Launch:  # fmt: skip
+    """The launch that fills the lists from pooled keys."""
+    B, H, Q, N = ids_BHQN.shape
+    tile = max(triton.next_power_of_2(N), 128)
+    return Launch(
+        kernel=_select, grid=(Q, B * H),
+        arguments=(
+            index_q_BTHR, pooled_BIRN, key_set_H, lengths_B, counts_B, ids_BHQN, count_BHQ, *index_q_BTHR.stride(), H,
+            pooled_BIRN.shape[1], Q, N, float(scale), sinks,
+        ),
+        constants={**_shape(block, index_q_BTHR.shape[3]), "TILE": tile, "TOP_P": float(top_p), "MAX": pooling == "max"},
+        num_warps=min(16, max(1, tile // 512)),
+    )  # fmt: skip
+
+
+def _shape(block: int, R: int) -> dict[str, int]:
+    return {"BLOCK": block, "ROWS": triton.next_power_of_2(block), "R": R, "R_PADDED": triton.next_power_of_2(R)}

@@ -12,8 +12,13 @@ _KINDS = {"int": AttributeProto.INT, "ints": AttributeProto.INTS, "float": Attri
 def parts_of(name: str) -> list[str]:
     """The nodes whose bodies an attention node's body calls."""
     ports = {port.name for port in NODES[name].inputs}
-    retained = ["Append", "SelectBlocks", "AttendRetained"] if "index_q" in ports else ["AppendKV", "AttendCausal"]
+    retained = ["Append", "SelectBlocks", _attends(NODES[name])] if "index_q" in ports else ["AppendKV", "AttendCausal"]
     return [*(retained if "k_cache" in ports else []), *(["AttendLocal"] if "ring_k" in ports else [])]
+
+
+def _attends(node: Node) -> str:
+    """The node by which a layer's retained groups attend to what they select."""
+    return "AttendPooled" if "prefill_ppb" in node.attributes else "AttendRetained"
 
 
 def attention(g: Graph, node: Node) -> tuple[str, ...]:
@@ -33,7 +38,7 @@ def attention(g: Graph, node: Node) -> tuple[str, ...]:
     outs, caches = [], []
     if "k_cache" in ports:
         kv = [_heads(g, turned, heads, g.op("Add", heads, retained)), _heads(g, v, g.integers(0), retained)]
-        out, written = _retained(g, _heads(g, turned, g.integers(0), kept), kv, qk, heads, selects="index_q" in ports)
+        out, written = _retained(g, _heads(g, turned, g.integers(0), kept), kv, qk, heads, _attends(node) if "index_q" in ports else None)
         outs.append(out)
         caches += written
     if "ring_k" in ports:
@@ -70,9 +75,9 @@ def _rotated(g: Graph, qk: str) -> str:
     return g.op("CastLike", g.concat(3, first, second), "qkv")
 
 
-def _retained(g: Graph, q: str, kv: list[str], qk: str, heads: str, *, selects: bool) -> tuple[str, list[str]]:
-    """Append and attend: (out, new caches in the order of the ports)."""
-    if not selects:
+def _retained(g: Graph, q: str, kv: list[str], qk: str, heads: str, attends: str | None) -> tuple[str, list[str]]:
+    """Append and attend (attends: to what is selected, by that node): (out, new caches in the order of the ports)."""
+    if attends is None:
         caches = _call(g, "AppendKV", ["k_cache", "v_cache", *kv, "lengths", "counts"])
         return _call(g, "AttendCausal", [q, *caches, "lengths", "counts", "visible"])[0], caches
     index_q = _indexed(g, qk, g.attribute("retrieval_heads", "ints"), "index_q")
@@ -83,7 +88,8 @@ def _retained(g: Graph, q: str, kv: list[str], qk: str, heads: str, *, selects: 
     *caches, index_cache = _call(g, "Append", inputs)
     chosen = _call(g, "SelectBlocks", [index_q, index_cache, "visible", "phase"], scale="index_scale")
     inputs = [q, *caches, "lengths", "counts", "visible", *chosen, "phase"]
-    return _call(g, "AttendRetained", inputs)[0], [*caches, g.transpose(index_cache, 0, 2, 1, 3)]
+    inputs += [index_q, index_cache] if attends == "AttendPooled" else []
+    return _call(g, attends, inputs)[0], [*caches, g.transpose(index_cache, 0, 2, 1, 3)]
 
 
 def _indexed(g: Graph, qk: str, heads: str, weight_JRD: str) -> str:

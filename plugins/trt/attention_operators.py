@@ -18,6 +18,7 @@ from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
 from rtpurbo.kernels.local_attention.tiles import UNBOUNDED
 from rtpurbo.kernels.prefill_layer import runs_of
+from rtpurbo.kernels.prefill_selection import kernel as select_kernel
 from rtpurbo.kernels.sparse_attention import kernel as decode_kernel
 from rtpurbo.kernels.sparse_attention import plan_attention
 from rtpurbo.plugins.trt.nodes import DECODE, Node
@@ -25,6 +26,8 @@ from rtpurbo.plugins.trt.site import Attributes, Shapes, Site, Tensors
 
 # Blocks of the ring attention; its selection is "everything", so any block size gives the same result.
 RING_BLOCK = 64
+# Queries and keys of a tile of the Hopper kernel.
+KERNEL_BLOCK = 128
 
 
 def plan_ring(attributes: Attributes, shapes: Shapes, site: Site) -> Any:
@@ -73,14 +76,22 @@ def _local_token(
 def _prefill(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor, out: torch.Tensor,
     attributes: Attributes, site: Site, *, ring: tuple[torch.Tensor, torch.Tensor] | None = None, dense: bool = False,
+    lists: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Launch:  # fmt: skip
-    """Attention of a chunk, to its ring and itself or, without a ring, to a cache by position; dense: within no window."""
+    """Attention of a chunk, to its ring and itself or, without a ring, to a cache by position.
+
+    dense: within no window. lists: ids and counts of the key blocks of every block of queries, of `prefill_block` both.
+    """
     ring_k, ring_v = ring or (None, None)
     window = UNBOUNDED.value if dense else attributes["window"]
+    block = KERNEL_BLOCK if lists is None else attributes["prefill_block"]
     tensors = [x for x in (q, k, v, ring_k, ring_v) if x is not None]
-    mask: dict[str, Any] = {"window": window, "sinks": attributes["sinks"], "scale": attributes["scale"], "by_position": ring is None}
-    if not _suits_hopper(tensors, attributes["scale"], site):
-        return prefill_kernel.describe(q, k, v, lengths, counts, ring_k, ring_v, out, None, **mask)
+    mask: dict[str, Any] = {
+        "window": window, "sinks": attributes["sinks"], "scale": attributes["scale"], "by_position": ring is None, "lists": lists,
+    }  # fmt: skip
+    if block != KERNEL_BLOCK or not _suits_hopper(tensors, attributes["scale"], site):
+        tiles = {"block_queries": block, "block_keys": min(block, KERNEL_BLOCK // 2)}
+        return prefill_kernel.describe(q, k, v, lengths, counts, ring_k, ring_v, out, None, **mask, **tiles)
     from rtpurbo.kernels.local_attention import hopper_kernel
 
     K = k.shape[2]
@@ -193,6 +204,62 @@ def attend_retained(attributes: Attributes, plan: RetainedPlan | None, inputs: T
 
 
 @dataclass(frozen=True, kw_only=True)
+class PooledPlan:
+    """Work division of the retained groups for one token, None for a chunk, and the set of index keys of every retrieval head."""
+
+    retained: RetainedPlan | None
+    key_set_J: torch.Tensor
+
+
+def plan_pooled(attributes: Attributes, shapes: Shapes, site: Site) -> PooledPlan:
+    """What AttendPooled knows of its shapes."""
+    return PooledPlan(retained=plan_retained(attributes, shapes, site, selects=True), key_set_J=_key_sets(attributes, site))
+
+
+def _key_sets(attributes: Attributes, site: Site) -> torch.Tensor:
+    return torch.tensor(list(attributes["key_sets"]), dtype=torch.int32, device=site.device)
+
+
+def attend_pooled(attributes: Attributes, plan: PooledPlan, inputs: Tensors, outputs: Tensors, site: Site) -> None:
+    """AttendPooled."""
+    *retained, index_q, index_k = inputs
+    if plan.retained is not None:
+        attend_retained(attributes, plan.retained, retained[:8], outputs, site)
+    else:
+        _pooled_chunk(attributes, plan.key_set_J, retained[:5], index_q, index_k, outputs[0], site)
+
+
+def _pooled_chunk(
+    attributes: Attributes, key_set_J: torch.Tensor, inputs: Tensors, index_q: torch.Tensor, index_k: torch.Tensor, out: torch.Tensor,
+    site: Site,
+) -> None:  # fmt: skip
+    """A chunk of the retained groups: retrieval heads over the blocks that they select, the others within window + sinks."""
+    q, k, v, lengths, counts = inputs
+    (B, T), K, block, device = q.shape[:2], k.shape[2], attributes["prefill_block"], q.device
+    (S, sets, R), top_p = index_k.shape[1:], attributes["prefill_ppb"] / 1e9
+    Q, N = -(-T // block), -(-S // block)
+    pooled = torch.empty((B, sets, R, N), dtype=torch.float32, device=device)
+    site.run(select_kernel.describe_pool(index_k, lengths, counts, pooled, block=block))
+    q_BTKGD, out_BTKGD = (x.unflatten(2, (K, x.shape[2] // K)) for x in (q, out))
+    first = 0
+    for groups, n in runs_of(tuple(attributes["retrieval_counts"])):
+        chosen, other = ((slice(None), slice(None), groups, heads) for heads in (slice(0, n), slice(n, q_BTKGD.shape[3])))
+        keys, heads = (k[:, :, groups], v[:, :, groups]), slice(first, first + n * q_BTKGD[chosen].shape[2])
+        first = heads.stop
+        ids = torch.empty((B, heads.stop - heads.start, Q, N), dtype=torch.int32, device=device)
+        count = torch.empty(ids.shape[:3], dtype=torch.int32, device=device)
+        site.run(
+            select_kernel.describe_select(
+                index_q[:, :, heads], pooled, key_set_J[heads], lengths, counts, ids, count, scale=attributes["index_scale"], top_p=top_p,
+                sinks=attributes["sinks"], block=block,
+            )
+        )  # fmt: skip
+        site.run(_prefill(q_BTKGD[chosen], *keys, lengths, counts, out_BTKGD[chosen], attributes, site, dense=True, lists=(ids, count)))
+        if n < q_BTKGD.shape[3]:
+            site.run(_prefill(q_BTKGD[other], *keys, lengths, counts, out_BTKGD[other], attributes, site))
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
     """What an attention node knows of its layer and, for one token, its work division (None where there is nothing to divide).
 
@@ -205,6 +272,7 @@ class AttentionPlan:
     retained: RetainedPlan | None
     ring: Any
     fused: Any
+    key_set_J: torch.Tensor | None
 
 
 def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site: Site) -> AttentionPlan:
@@ -223,7 +291,7 @@ def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site
         "group_size": G, "num_groups": groups, "retrieval_counts": attributes.get("retrieval_counts", ()), "batch": B, "head_dim": D,
         "block_size": attributes.get("block", RING_BLOCK),
     }  # fmt: skip
-    whole = decodes and selects and _suits_fused(attributes, B, D, G, site)
+    whole = decodes and selects and _suits_fused(attributes, B, D, named["index_cache"][2], site)
 
     def table(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=site.device)
@@ -241,14 +309,14 @@ def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site
         retained=_plan_retained(attributes, B, retained * G, D, site, selects=selects) if retained and decodes else None,
         ring=_plan_ring(B, local * G, local, D, site) if local and one else None,
         fused=_plan_fused(attributes, layer, named["index_cache"][2], site) if whole else None,
+        key_set_J=_key_sets(attributes, site) if "prefill_ppb" in attributes and not decodes else None,
     )
 
 
-def _suits_fused(attributes: Attributes, B: int, D: int, G: int, site: Site) -> bool:
+def _suits_fused(attributes: Attributes, B: int, D: int, S: int, site: Site) -> bool:
     """Whether a layer decodes in one launch, as kernels.decode_layer.choose_impl says; its key sets ascend."""
-    window_in_cache = any(count < G for count in attributes["retrieval_counts"])
     ascending = list(attributes["key_sets"]) == sorted(attributes["key_sets"])
-    return ascending and fused.is_faster(divmod(site.capability, 10), torch.bfloat16, B, D, window_in_cache)
+    return ascending and fused.is_faster(divmod(site.capability, 10), torch.bfloat16, B, S, D)
 
 
 def _plan_fused(attributes: Attributes, layer: dict[str, Any], S: int, site: Site) -> Any:
@@ -293,7 +361,10 @@ def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: T
                 return
             _select(attributes, plan.selection, index_q, index_cache, visible, attributes["index_scale"], *chosen, site)
         kept = (q[:, :, : retained * G], k_cache, v_cache, lengths, counts, visible, *chosen)
-        attend_retained(attributes, plan.retained, kept, (out[:, :, : retained * G],), site)
+        if plan.key_set_J is not None and index_q is not None and index_cache is not None:
+            _pooled_chunk(attributes, plan.key_set_J, kept[:5], index_q, index_cache, out[:, :, : retained * G], site)
+        else:
+            attend_retained(attributes, plan.retained, kept, (out[:, :, : retained * G],), site)
     if ring_k is not None and ring_v is not None:
         local = q[:, :, retained * G :], k[:, :, retained:], v[:, :, retained:]
         if plan.ring is None:

@@ -10,6 +10,7 @@ from onnx import FunctionProto, TensorProto, helper
 from rtpurbo.plugins.trt.attention_body import attention, parts_of
 from rtpurbo.plugins.trt.graph import OPSET, Graph
 from rtpurbo.plugins.trt.nodes import DECODE, DOMAIN, NODES, VERSION
+from rtpurbo.plugins.trt.pooled_body import selected_keys
 from rtpurbo.plugins.trt.selection_body import select_blocks
 
 
@@ -91,12 +92,17 @@ def _attend_causal(g: Graph) -> tuple[str, ...]:
     return (_attend_by_role(g, _causal(g, query_BT), query_BT),)
 
 
-def _attend_retained(g: Graph) -> tuple[str, ...]:
+def _attend_retained(g: Graph, *, pooled: bool = False) -> tuple[str, ...]:
     query_BT, _ = _chunk(g, "q")
     causal_B11TS = _causal(g, query_BT)
     decode, prefill = Graph("decode_"), Graph("prefill_")
     selected_BKG1S = _selected(decode)
-    everything = prefill.op("Identity", causal_B11TS)
+    if pooled:
+        mask_BJTS = prefill.float32(selected_keys(prefill))
+        mask_BKGTS = prefill.cast(prefill.gather(mask_BJTS, _row_of_head(prefill, prefill.size("ids", 1)), 1), TensorProto.BOOL)
+        everything = prefill.op("And", mask_BKGTS, causal_B11TS)
+    else:
+        everything = prefill.op("Identity", causal_B11TS)
     branches = {
         "then_branch": helper.make_graph(decode.nodes, "decode", [], [helper.make_empty_tensor_value_info(selected_BKG1S)]),
         "else_branch": helper.make_graph(prefill.nodes, "prefill", [], [helper.make_empty_tensor_value_info(everything)]),
@@ -158,6 +164,7 @@ _BODIES: dict[str, Callable[[Graph], tuple[str, ...]]] = {
     "AppendKV": _append_kv,
     "SelectBlocks": _select_blocks,
     "AttendRetained": _attend_retained,
+    "AttendPooled": partial(_attend_retained, pooled=True),
     "AttendCausal": _attend_causal,
     "Route": _route,
     "Experts": _experts,
@@ -213,14 +220,17 @@ def _selected(g: Graph) -> str:
     mask_BJN = g.op("ScatterElements", mask_BJN, place_BJN, one_BJN, attributes={"axis": 2})
     position_S = g.count_up(g.size("k_cache", 1))
     mask_BJS = g.gather(mask_BJN, g.op("Div", position_S, g.attribute("block", "int")), 2)
-    # Heads of the group that do not retrieve read some row of the mask; _attend_by_role does not use it.
-    counts_K = g.attribute("retrieval_counts", "ints")
-    first_K = g.op("CumSum", counts_K, g.integer(0), attributes={"exclusive": 1})
-    row_KG = g.op("Add", g.axes(first_K, 1), _head_in_group(g))
-    row_KG = g.op("Min", row_KG, g.op("Sub", g.size("ids", 1), g.integers(1)))
-    mask_BKGS = g.cast(g.gather(mask_BJS, row_KG, 1), TensorProto.BOOL)
+    mask_BKGS = g.cast(g.gather(mask_BJS, _row_of_head(g, g.size("ids", 1)), 1), TensorProto.BOOL)
     stored_BS = g.op("Less", position_S, g.axes(g.int64("visible"), 1))
     return g.axes(g.op("And", mask_BKGS, g.axes(stored_BS, 1, 2)), 3)
+
+
+def _row_of_head(g: Graph, rows: str) -> str:
+    """Row of the masks of retrieval heads for each head of the retained groups [K, G]; heads that do not retrieve get some row, which
+    _attend_by_role does not use."""
+    first_K = g.op("CumSum", g.attribute("retrieval_counts", "ints"), g.integer(0), attributes={"exclusive": 1})
+    row_KG = g.op("Add", g.axes(first_K, 1), _head_in_group(g))
+    return g.op("Min", row_KG, g.op("Sub", rows, g.integers(1)))
 
 
 def _head_in_group(g: Graph) -> str:

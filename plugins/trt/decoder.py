@@ -2,7 +2,7 @@
 
 # B batch  T chunk tokens  M = B * T rows  C hidden  H query heads  K kv heads  D head dim  I index-key sets  J retrieval heads
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.plugins.trt.graph import Graph
-from rtpurbo.plugins.trt.nodes import DOMAIN, NODES, VERSION, attention_name
+from rtpurbo.plugins.trt.nodes import DOMAIN, NODES, VERSION, Retained, attention_name
 from rtpurbo.plugins.trt.weights import ONNX_DTYPES, Weights
 from rtpurbo.runtime.layout import LayerLayout
 
@@ -120,17 +120,20 @@ class Decoder:
             rows = [self.weights.read(f"{prefix}{which}_norm.weight").to(self.weights.dtype).float() for which in "qk"]
             inputs.append(self.weights.copy(f"{prefix}qk_norm.weight", torch.stack(rows)))
             attributes["eps"] = self.config["rms_norm_eps"]
-        retained: Literal["", "Causal", "Selected"] = ""
+        retained: Retained = ""
         if layer.num_retained:
             retained = "Causal"
             inputs += [f"{cache}k_cache", f"{cache}v_cache"]
             attributes["retrieval_counts"] = layer.retrieval_counts
         if layer.index_q_JRD is not None and layer.index_k_IRD is not None:
-            retained = "Selected"
+            retained = "Pooled" if self.manifest.prefill_pattern == "topp" else "Selected"
             index = {"index_q": layer.index_q_JRD, "index_k": layer.index_k_IRD}
             weights = [self.weights.copy(f"{cache}{name}", weight.float().contiguous()) for name, weight in index.items()]
             inputs += [f"{cache}index_cache", *weights, "phase"]
             attributes |= self._selection(layout)
+            if retained == "Pooled":
+                m = self.manifest
+                attributes |= {"prefill_ppb": in_ppb("prefill_top_p", m.prefill_mass), "prefill_block": m.prefill_block}
         if local := layer.num_retained < groups:
             inputs += [f"{cache}ring_k", f"{cache}ring_v"]
         out_BTHD = self.custom(attention_name(norm=norm, retained=retained, local=local), inputs, attributes, cache)[0]
@@ -173,15 +176,15 @@ class Decoder:
             "key_groups": layout.key_groups,
             "key_sets": layout.key_sets,
             "block": m.decode_block,
-            "top_p_ppb": top_p_ppb(m.top_p),
+            "top_p_ppb": in_ppb("top_p", m.top_p),
             "index_scale": m.indexer.scale,
             "narrow_keys": int(self.index_dtype != TensorProto.FLOAT),
         }
 
 
-def top_p_ppb(top_p: float) -> int:
-    """top_p in billionths, which an integer attribute holds exactly; ValueError when that is not a whole number."""
-    ppb = round(top_p * 1e9)
-    if ppb / 1e9 != top_p:
-        raise ValueError(f"top_p is {top_p!r}, wanted at most 9 decimals for an engine")
+def in_ppb(name: str, share: float) -> int:
+    """A share in billionths, which an integer attribute holds exactly; ValueError when that is not a whole number."""
+    ppb = round(share * 1e9)
+    if ppb / 1e9 != share:
+        raise ValueError(f"{name} is {share!r}, wanted at most 9 decimals for an engine")
     return ppb

@@ -18,6 +18,8 @@ from rtpurbo.plugins.trt.weights import ONNX_DTYPES, Weights
 from rtpurbo.runtime.layout import Roles, layout_of, with_roles
 from rtpurbo.runtime.loader import read_config, read_indexer
 
+# Tiles of the prefill kernels.
+PREFILL_BLOCKS = (16, 32, 64, 128)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -69,9 +71,9 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
     layers.{i}.index_cache [batch, I, capacity, R], zeros at first. Outputs: logits float32 [batch, V] of each sequence's last valid
     token, and every cache's new value under `Export.caches`; a caller of TensorRT binds it to the same memory as its input.
 
-    Raises ValueError for an artifact that the runtime would refuse, a prefill that selects, an activation other than silu, a top_p that
-    an engine cannot hold exactly, more positions than the model has, and weights that would have to be copied but do not fit (see
-    weights.Weights.copy).
+    Raises ValueError for an artifact that the runtime would refuse, an activation other than silu, a prefill_block that no kernel has, a
+    top_p that an engine cannot hold exactly, more positions than the model has, and weights that would have to be copied but do not fit
+    (see weights.Weights.copy).
     """
     options = ExportOptions() if options is None else options
     artifact = Manifest.load(folder / MANIFEST_NAME)
@@ -81,9 +83,9 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
     indexer = read_indexer(folder, artifact)
     if (activation := config.get("hidden_act", "silu")) != "silu":
         raise ValueError(f"{folder / 'config.json'}: hidden_act is {activation!r}, wanted silu")
-    if manifest.prefill_pattern != "dense":
+    if manifest.prefill_pattern == "topp" and manifest.prefill_block not in PREFILL_BLOCKS:
         raise ValueError(
-            f"{folder / MANIFEST_NAME}: prefill_pattern is {manifest.prefill_pattern!r}; engines prefill densely, wanted dense"
+            f"{folder / MANIFEST_NAME}: prefill_block is {manifest.prefill_block}, wanted one of {list(PREFILL_BLOCKS)} for an engine"
         )
     positions = options.positions or manifest.model.max_position_embeddings
     if positions > manifest.model.max_position_embeddings:

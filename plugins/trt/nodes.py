@@ -32,6 +32,9 @@ CARRIER_DOMAIN, CARRIER_NAME = "com.microsoft", "LinearAttention"
 # model: the engine's dtype (float32, float16 or bfloat16). index: the manifest's indexer.key_dtype.
 Kind = Literal["model", "index", "float32", "int32"]
 AttributeType = Literal["int", "float", "ints"]
+# How a layer's retained groups attend: there are none, densely in both phases, selecting in decode, selecting in both phases.
+Retained = Literal["", "Causal", "Selected", "Pooled"]
+RETAINED: tuple[Retained, ...] = ("", "Causal", "Selected", "Pooled")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +117,15 @@ def _product_nodes() -> tuple[Node, ...]:
     return tuple(made)
 
 
-def attention_name(*, norm: bool, retained: Literal["", "Causal", "Selected"], local: bool) -> str:
-    """The attention node of a layer: with q_norm and k_norm, with retained groups that attend so in decode, with local groups."""
+def attention_name(*, norm: bool, retained: Retained, local: bool) -> str:
+    """The attention node of a layer: with q_norm and k_norm, with retained groups that attend so, with local groups."""
     return f"Attention{'Norm' if norm else ''}{retained}{'Local' if local else ''}"
 
 
 def _attention_nodes() -> tuple[Node, ...]:
     """The attention of a layer between its projections, one node for each kind of layer."""
     made = []
-    for norm, retained, local in product((False, True), ("", "Causal", "Selected"), (False, True)):
+    for norm, retained, local in product((False, True), RETAINED, (False, True)):
         if not (retained or local):
             continue
         inputs = "qkv:model:BTO cos:model:QU sin:model:QU lengths:int32:B counts:int32:B visible:int32:B"
@@ -136,7 +139,7 @@ def _attention_nodes() -> tuple[Node, ...]:
             outputs += " new_k:model:BSKD new_v:model:BSKD"
             aliased |= {"new_k": "k_cache", "new_v": "v_cache"}
             attributes["retrieval_counts"] = "ints"
-        if retained == "Selected":
+        if retained in ("Selected", "Pooled"):
             inputs += " index_cache:index:BISR index_q:float32:JRD index_k:float32:IRD phase:int32:P"
             outputs += " new_index:index:BISR"
             aliased["new_index"] = "index_cache"
@@ -144,6 +147,8 @@ def _attention_nodes() -> tuple[Node, ...]:
                 "retrieval_heads": "ints", "key_groups": "ints", "key_sets": "ints", "block": "int", "top_p_ppb": "int",
                 "index_scale": "float", "narrow_keys": "int",
             }  # fmt: skip
+        if retained == "Pooled":
+            attributes |= {"prefill_ppb": "int", "prefill_block": "int"}
         if local:
             inputs += " ring_k:model:BWLD ring_v:model:BWLD"
             outputs += " new_ring_k:model:BWLD new_ring_v:model:BWLD"
@@ -154,8 +159,8 @@ def _attention_nodes() -> tuple[Node, ...]:
                 """qkv holds q, k, v heads side by side; run-time head i is its head order[i] (H, then K + L, then K + L of them; `heads` is
                 H). q and k through their RMS norms (norms: of q, of k; eps), then RoPE with cos and sin of the position; index queries and
                 keys from before RoPE, index_q of head retrieval_heads[j] and index_k of group key_groups[i]. Then the chunk is appended and
-                attends: retained groups as AppendKV + AttendCausal or Append + SelectBlocks + AttendRetained, local groups as
-                AttendLocal. Index keys lie set by set, which the selection reads faster.""",
+                attends: retained groups as AppendKV + AttendCausal (Causal), Append + SelectBlocks + AttendRetained (Selected) or
+                + AttendPooled (Pooled), local groups as AttendLocal. Index keys lie set by set, which the selection reads faster.""",
                 inputs,
                 outputs,
                 aliased,
@@ -228,6 +233,24 @@ NODES = {
             window="int",
             sinks="int",
             scale="float",
+        ),
+        _node(
+            "AttendPooled",
+            """AttendRetained whose retrieval heads select in prefill too (kernels.prefill_selection.select_prefill): per block of
+            prefill_block queries the blocks of as many keys whose mass under the pooled index logits reaches prefill_ppb / 1e9.""",
+            "q:model:BTHD k_cache:model:BSKD v_cache:model:BSKD lengths:int32:B counts:int32:B visible:int32:B ids:int32:BJN "
+            "count:int32:BJ phase:int32:P index_q:float32:BTJR index_k:index:BSIR",
+            "out:model:BTHD",
+            {},
+            retrieval_counts="ints",
+            key_sets="ints",
+            block="int",
+            window="int",
+            sinks="int",
+            scale="float",
+            index_scale="float",
+            prefill_ppb="int",
+            prefill_block="int",
         ),
         _node(
             "AttendCausal",

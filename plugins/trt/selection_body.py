@@ -16,9 +16,9 @@ def select_blocks(g: Graph, rounded_q: str) -> tuple[str, str]:
     max_BJN, sum_BJN = _block_scores(g, rounded_q)
     valid = g.op("Greater", sum_BJN, g.real(0.0))
     distance = g.op("Sub", g.reduce("Max", max_BJN, -1), max_BJN)
-    mass = _block_mass(g, distance, sum_BJN, valid)
+    mass = block_mass(g, distance, sum_BJN, valid)
     forced = _forced(g, valid)
-    taken = _bins_taken(g, distance, valid, mass, forced)
+    taken = bins_taken(g, distance, valid, mass, forced, "top_p_ppb")
     selected = g.op("And", valid, g.op("Or", forced, taken))
     size = g.size(selected, 2)
     block_N = g.count_up(size)
@@ -49,7 +49,7 @@ def _block_scores(g: Graph, rounded_q: str) -> tuple[str, str]:
     return g.op("Squeeze", max_BJN1, g.integers(3)), sum_BJN
 
 
-def _block_mass(g: Graph, distance: str, sum_BJN: str, valid: str) -> str:
+def block_mass(g: Graph, distance: str, sum_BJN: str, valid: str) -> str:
     """round(2^32 l_b exp(m_b - M)) as int64, in fp64; 0 for blocks without key."""
     relative = g.op("Exp", g.cast(g.op("Neg", distance), TensorProto.DOUBLE))
     mass = g.op("Mul", g.op("Mul", relative, g.cast(sum_BJN, TensorProto.DOUBLE)), g.constant(MASS_ONE, np.float64))
@@ -65,8 +65,11 @@ def _forced(g: Graph, valid: str) -> str:
     return g.op("And", valid, g.op("Or", holds_sinks, newest))
 
 
-def _bins_taken(g: Graph, distance: str, valid: str, mass: str, forced: str) -> str:
-    """Blocks whose whole bin is taken: the forced mass and all bins before it stay below top_p of the total."""
+def bins_taken(g: Graph, distance: str, valid: str, mass: str, forced: str, share: str) -> str:
+    """Blocks [B, J, N] whose whole bin is taken: the forced mass and all bins before it stay below a share of the total.
+
+    share: the attribute that says it, in billionths.
+    """
     bins = g.op("Min", g.op("Mul", distance, g.real(BINS_PER_NAT)), g.real(NUM_BINS - 1))
     bins = g.int64(g.op("Floor", g.op("Where", valid, bins, g.real(NUM_BINS - 1))))
     free = g.op("Where", forced, g.integer(0), mass)
@@ -76,7 +79,7 @@ def _bins_taken(g: Graph, distance: str, valid: str, mass: str, forced: str) -> 
     histogram = g.op("ScatterElements", histogram, bins, free, attributes={"axis": 2, "reduction": "add"})
     before = g.op("CumSum", histogram, g.integer(2), attributes={"exclusive": 1})
     before = g.op("Add", before, g.reduce("Sum", g.op("Where", forced, mass, g.integer(0)), -1))
-    top_p = g.op("Div", g.cast(g.attribute("top_p_ppb", "int"), TensorProto.DOUBLE), g.constant(1e9, np.float64))
+    top_p = g.op("Div", g.cast(g.attribute(share, "int"), TensorProto.DOUBLE), g.constant(1e9, np.float64))
     needed = g.op("Mul", g.cast(g.reduce("Sum", mass, -1), TensorProto.DOUBLE), top_p)
     taken = g.cast(g.op("Less", before, g.int64(g.op("Ceil", needed))), TensorProto.INT32)
     return g.cast(g.op("GatherElements", taken, bins, attributes={"axis": 2}), TensorProto.BOOL)
