@@ -36,15 +36,16 @@ def lengths_of(batch: int, tokens: int) -> torch.Tensor:
 
 
 def index_buffers(layout: str, batch: int, tokens: int, share: float, *, capacity: int = 0, by_set: bool = True, fp8: bool = False):
-    """Rotated (index_q, index_k) with that share of hot blocks; keys stored set by set, or token by token."""
+    """Rotated (index_q fp32, index_k) as in the runtime, with that share of hot blocks; keys stored set by set, or token by token."""
     key_set = LAYOUTS[layout]["key_set"]
     num_sets = max(key_set) + 1
     step_bytes = batch * tokens * num_sets * R * (1 if fp8 else 2)
     buffers = []
     for seed in range(rotations(step_bytes)):
-        q, k = peaked_index(key_set, num_sets=num_sets, batch=batch, tokens=tokens, hot_share=share, device="cuda", seed=seed)
-        if fp8:
-            k = k.to(torch.float8_e4m3fn)
+        q, k = peaked_index(
+            key_set, num_sets=num_sets, batch=batch, tokens=tokens, hot_share=share, device="cuda", seed=seed, dtype=torch.float32
+        )
+        k = k.to(torch.float8_e4m3fn if fp8 else torch.bfloat16)
         if capacity:
             k = torch.cat([k, k.new_zeros(batch, capacity - tokens, num_sets, R)], dim=1)
         buffers.append((q, k.transpose(1, 2).contiguous().transpose(1, 2) if by_set else k))
@@ -126,8 +127,9 @@ def layer_inputs(layout: str, tokens: int, num: int, *, batch: int = 1, capacity
     inputs = []
     for seed in range(num):
         index_q, index_k = peaked_index(
-            key_set, num_sets=max(key_set) + 1, batch=batch, tokens=tokens, hot_share=share, device="cuda", seed=seed
+            key_set, num_sets=max(key_set) + 1, batch=batch, tokens=tokens, hot_share=share, device="cuda", seed=seed, dtype=torch.float32
         )
+        index_k = index_k.to(torch.bfloat16)
         index_k = torch.cat([index_k, index_k.new_zeros(batch, held - tokens, *index_k.shape[2:])], dim=1)
         ((k, v),) = kv_buffers(batch, held, groups, 1)
         ring_k, ring_v = kv_buffers(batch, WINDOW + SINKS, 4 - groups, 1)[0] if groups < 4 else (None, None)

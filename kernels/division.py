@@ -18,9 +18,9 @@ def padded_width(width: int) -> int:
     return max(16, next_power_of_2(width))
 
 
-def stages_that_fit(wanted: int, step_bytes: int, total_bytes: int = STAGE_BYTES) -> int:
-    """Stages of a software pipeline, at least 1: stages - 1 steps are in shared memory at once."""
-    return min(wanted, 1 + total_bytes // step_bytes)
+def stages_that_fit(wanted: int, step_bytes: int, total_bytes: int = STAGE_BYTES, *, held_steps: int = 0) -> int:
+    """Stages of a software pipeline, at least 1: stages - 1 steps are in shared memory at once, and held_steps whose products read it."""
+    return max(1, min(wanted, 1 - held_steps + total_bytes // step_bytes))
 
 
 def group_heads(group_H: Sequence[int], num_groups: int, *, at_least: int = 1) -> torch.Tensor:

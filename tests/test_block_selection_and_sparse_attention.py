@@ -78,7 +78,7 @@ def scores_of(request):
     lengths = torch.tensor(request["lengths"], dtype=torch.int32)
     maximum, total = block_scores(
         request["q"][:, None],
-        request["k"].nan_to_num(0.0),
+        request["k"].float().nan_to_num(0.0).to(request["k"].dtype),
         key_set_H=torch.tensor(request["key_set"]),
         visible_BT=lengths[:, None],
         scale=request["scale"],
@@ -148,6 +148,18 @@ def test_the_fused_selection_equals_the_reference_on_peaked_keys(run, key_set, l
         kept = mask[b].sum(-1) / blocks
         assert blocks >= 16
         assert ((kept >= 0.05) & (kept <= 0.5)).all(), kept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_with_narrow_keys_queries_count_as_bf16(run, dtype):
+    """Two keys that tie for the rounded query, and are 8 nats apart for the given one."""
+    q = torch.zeros(1, 1, 16)
+    q[..., 0], q[..., 1] = 1.0, 1.0 + 2**-9
+    k = torch.zeros(1, 64 * 20, 1, 16)
+    k[:, 300, :, 0] = k[:, 700, :, 1] = 64.0
+    request = select_request(q, k.to(dtype), (0,), [64 * 20], scale=64.0)
+    assert assert_same_selection(run, request)[0, 0].nonzero().flatten().tolist() == [0, 4, 10, 18, 19]
+    assert assert_same_selection(run, request | {"k": request["k"].float()})[0, 0].nonzero().flatten().tolist() == [0, 10, 18, 19]
 
 
 @pytest.mark.parametrize("lengths", [[0], [1], [63], [64], [65], [128, 1, 129], [191, 0, 300]])
@@ -419,8 +431,11 @@ def test_plans_that_do_not_fit_are_refused():
 def test_real_shapes_keep_the_guarantee_on_a_gpu(tokens, key_set, dtype):
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    q, k = peaked_index(key_set, num_sets=max(key_set) + 1, batch=1, tokens=tokens, hot_share=0.1, device="cuda", logit=9.0, seed=tokens)
-    check_selection_on_gpu(q, k.to(torch.float8_e4m3fn) if dtype == "fp8" else k, key_set, 0.9)
+    q, k = peaked_index(
+        key_set, num_sets=max(key_set) + 1, batch=1, tokens=tokens, hot_share=0.1, device="cuda", logit=9.0, seed=tokens,
+        dtype=torch.float32,
+    )  # fmt: skip
+    check_selection_on_gpu(q, k.to(torch.float8_e4m3fn if dtype == "fp8" else torch.bfloat16), key_set, 0.9)
 
 
 def check_selection_on_gpu(q, k, key_set, top_p):
@@ -431,7 +446,7 @@ def check_selection_on_gpu(q, k, key_set, top_p):
     maximum, total = (
         score.cpu()
         for score in block_scores(
-            q[:, None], k.float(), key_set_H=torch.tensor(key_set, device="cuda"),
+            q[:, None], k, key_set_H=torch.tensor(key_set, device="cuda"),
             visible_BT=torch.full((1, 1), tokens, device="cuda"), scale=1.0,
         )
     )  # fmt: skip

@@ -88,12 +88,14 @@ def layer_request(
             batch=B,
             tokens=max(max(lengths), 1),
             hot_share=hot_share,
-            dtype=dtype,
+            dtype=torch.float32,
             seed=seed,
             device=device,
             block_size=block_size,
             index_dim=index_dim,
         )
+        # As in the runtime: queries in fp32, keys as stored.
+        index_k = index_k.to(dtype)
         index_k = torch.cat([index_k, index_k.new_zeros(B, capacity - index_k.shape[1], *index_k.shape[2:])], dim=1)
     for b, length in enumerate(lengths):
         for tensor in (*caches, *([] if index_k is None else [index_k])):
@@ -241,11 +243,12 @@ def test_the_definition_runs_on_the_cpu():
         ({"capability": (8, 0)}, False),
         ({"dtype": torch.float32}, False),
         ({"batch": 8}, False),
-        ({"window_in_cache": False}, False),
+        ({"batch": 8, "capacity": 1 << 15}, True),
+        ({"batch": 64, "capacity": 1 << 15}, False),
     ],
 )
 def test_one_launch_is_chosen_only_where_it_was_measured_faster(change, faster):
-    measured = {"capability": (9, 0), "dtype": torch.bfloat16, "batch": 1, "head_dim": 128, "window_in_cache": True}
+    measured = {"capability": (9, 0), "dtype": torch.bfloat16, "batch": 1, "capacity": 1 << 20, "head_dim": 128}
     assert is_faster(**(measured | change)) == faster
 
 

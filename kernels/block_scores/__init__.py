@@ -21,7 +21,7 @@ def block_scores(
     """m_b = max over block b of s(t, j) and l_b = sum over block b of exp(s(t, j) - m_b), s = scale * index_q . index_k.
 
     Args:
-        index_q_BTHR: index queries of the retrieval heads, no RoPE.
+        index_q_BTHR: index queries of the retrieval heads, no RoPE; rounded to bf16 where the keys are narrower than fp32.
         index_k_BSIR: cached index keys; I = H sets of keys, or fewer when heads share one.
         key_set_H: int64, which set each head reads (0 <= key_set < I).
         visible_BT: int, keys that query t sees: positions 0 ... visible - 1.

@@ -18,6 +18,8 @@ def block_scores(
     S = index_k_BSIR.shape[1]
     blocks = -(-S // block_size)
     index_k_BSHR = index_k_BSIR.index_select(2, key_set_H)
+    if index_k_BSIR.element_size() < 4:
+        index_q_BTHR = index_q_BTHR.to(torch.bfloat16)
     logits_BHTS = torch.einsum("bthr,bshr->bhts", index_q_BTHR.float(), index_k_BSHR.float()) * scale
     visible_B1TS = torch.arange(S, device=logits_BHTS.device) < visible_BT.long()[:, None, :, None]
     logits_BHTS = logits_BHTS.masked_fill(~visible_B1TS, float("-inf"))

@@ -66,7 +66,8 @@ def score_and_select(
     top_p * total may differ from the reference; equal inputs always give equal sets.
 
     Args:
-        index_q_BHR: index queries of the retrieval heads, in the order of the plan's key_set_H; fp32, or bf16.
+        index_q_BHR: index queries of the retrieval heads, in the order of the plan's key_set_H; fp32, or bf16. Rounded to bf16
+            where the keys are narrower than fp32: the matrix unit multiplies 16 bits.
         index_k_BSIR: cached index keys, fp32, bf16 or fp8 e4m3, any strides with a contiguous last axis;
             S <= the plan's capacity. Rows at or beyond a sequence's length may hold anything.
         plan: from `plan_selection`; B <= its batch.

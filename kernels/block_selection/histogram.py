@@ -17,7 +17,6 @@ LIMB_MASK = tl.constexpr((1 << 19) - 1)
 COUNT_SHIFT = tl.constexpr(51)
 COUNT_MASK = tl.constexpr((1 << 13) - 1)
 PACKED_MASS = tl.constexpr((1 << 51) - 1)
-HISTOGRAM_TILE = tl.constexpr(512)
 # A part ends at a multiple of this, whatever the tiles of the loops.
 PART_UNIT = tl.constexpr(256)
 
@@ -52,14 +51,25 @@ def parts_of(blocks, SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS
 
 
 @triton.jit
-def masses_below(bin_n, limbs_n2, limit_4):
-    """Mass of the blocks whose bin is below each of four limits, as int64 [4].
+def mass_of(limbs_2):
+    low, high = tl.split(limbs_2)
+    return low.to(tl.int64) + (high.to(tl.int64) << LIMB_BITS)
 
-    Limbs of 19 bits: 32-bit sums are one instruction a warp, 64-bit ones are ten.
+
+@triton.jit
+def masses_below(bin_n, limbs_n2, first, second, third, fourth):
+    """Masses of the blocks whose bin is below each of four limits, as four int64.
+
+    Limbs of 19 bits: 32-bit sums are one instruction a warp, 64-bit ones are ten. Joined along new axes the addends stay in
+    their thread, so that the four sums share one exchange between warps.
     """
-    chosen_n4 = bin_n[:, None] < limit_4[None, :]
-    low_4, high_4 = tl.split(tl.sum(tl.where(chosen_n4[:, :, None], limbs_n2[:, None, :], 0), axis=0))
-    return low_4.to(tl.int64) + (high_4.to(tl.int64) << LIMB_BITS)
+    bin_n1 = bin_n[:, None]
+    pair_n22 = tl.join(tl.where(bin_n1 < first, limbs_n2, 0), tl.where(bin_n1 < second, limbs_n2, 0))
+    other_n22 = tl.join(tl.where(bin_n1 < third, limbs_n2, 0), tl.where(bin_n1 < fourth, limbs_n2, 0))
+    pair_22, other_22 = tl.split(tl.sum(tl.join(pair_n22, other_n22), axis=0))
+    first_2, second_2 = tl.split(pair_22)
+    third_2, fourth_2 = tl.split(other_22)
+    return mass_of(first_2), mass_of(second_2), mass_of(third_2), mass_of(fourth_2)
 
 
 @triton.jit
@@ -81,24 +91,22 @@ def select_whole(max_ptr, sum_ptr, ids_ptr, blocks, TOP_P: tl.constexpr, SINK_BL
         limbs_n2 = tl.join((mass_n & LIMB_MASK).to(tl.int32), (mass_n >> LIMB_BITS).to(tl.int32))
         # Forced blocks count from the start: they sit in a bin before the first.
         bin_n = tl.where(is_forced(block_n, blocks, SINK_BLOCKS), -1, block_bin(max_n, top))
-        way_4 = tl.arange(0, 4)
-        # Limits 0 and above every bin: the forced mass and the total.
-        mass_4 = masses_below(bin_n, limbs_n2, tl.where(way_4 == 0, 0, BINS))
-        needed = mass_needed(tl.max(mass_4), TOP_P)
-        last = tl.where(tl.min(mass_4) < needed, 0, -1)
-        if last == 0:
-            for bits in range(6, -1, -2):
-                limit_4 = last + ((way_4 + 1) << bits)
-                below_4 = (masses_below(bin_n, limbs_n2, limit_4) < needed) & (way_4 < 3)
-                last += tl.sum(below_4.to(tl.int32)) << bits
-        selected_n = valid_n & (bin_n <= last)
+        a, b, c, total = masses_below(bin_n, limbs_n2, 64, 128, 192, BINS)
+        needed = mass_needed(total, TOP_P)
+        last = ((a < needed).to(tl.int32) + (b < needed).to(tl.int32) + (c < needed).to(tl.int32)) * 64
+        forced = total
+        for bits in tl.static_range(4, -1, -2):
+            # Below bin 0: the forced mass.
+            a, b, c, forced = masses_below(bin_n, limbs_n2, last + (1 << bits), last + (2 << bits), last + (3 << bits), 0)
+            last += ((a < needed).to(tl.int32) + (b < needed).to(tl.int32) + (c < needed).to(tl.int32)) << bits
+        selected_n = valid_n & (bin_n <= tl.where(forced < needed, last, -1))
     place_n = tl.cumsum(selected_n.to(tl.int32), axis=0)
     tl.store(ids_ptr + place_n - 1, block_n, mask=selected_n)
-    return tl.max(place_n)
+    return tl.sum(selected_n.to(tl.int32))
 
 
 @triton.jit
-def sum_part(max_ptr, sum_ptr, histogram_ptr, forced_ptr, top, lo, hi, blocks, SINK_BLOCKS: tl.constexpr):
+def sum_part(max_ptr, sum_ptr, histogram_ptr, forced_ptr, top, lo, hi, blocks, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr):
     """Store one part's histogram: mass in the low 51 bits and number of the free blocks by bin; the forced ones apart.
 
     No other program writes this histogram: it is cleared here, and the barrier orders that before the additions.
@@ -107,8 +115,8 @@ def sum_part(max_ptr, sum_ptr, histogram_ptr, forced_ptr, top, lo, hi, blocks, S
     tl.store(histogram_ptr + bin_b, tl.zeros([BINS], tl.int64))
     tl.debug_barrier()
     forced = tl.zeros([], tl.int64)
-    for start in range(lo, hi, HISTOGRAM_TILE):
-        block_n = start + tl.arange(0, HISTOGRAM_TILE)
+    for start in range(lo, hi, TILE):
+        block_n = start + tl.arange(0, TILE)
         valid_n = block_n < hi
         max_n = tl.load(max_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
         sum_n = tl.load(sum_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")

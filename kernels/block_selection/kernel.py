@@ -13,7 +13,7 @@ from triton.language.extra import cuda
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
 from rtpurbo.kernels.block_selection.histogram import BINS, bins_and_offset, parts_of, select_whole, sum_part, write_ids
 from rtpurbo.kernels.block_selection.plan import MAX_CHUNKS, MAX_PARTS
-from rtpurbo.kernels.block_selection.scoring import score_chunk
+from rtpurbo.kernels.block_selection.scoring import HELD_TILES, score_chunk
 from rtpurbo.kernels.division import padded_width, stages_that_fit
 from rtpurbo.kernels.launch import Launch
 
@@ -50,6 +50,7 @@ def score_and_select_kernel(
     R_PADDED: tl.constexpr,
     G: tl.constexpr,
     SETS: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
     MAX_CHUNKS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
     WARPS: tl.constexpr,
@@ -63,12 +64,17 @@ def score_and_select_kernel(
     chunk = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     chunks = tl.num_programs(1)
-    # All small tables at once: one trip to memory before the keys, not three.
     slot_G = tl.arange(0, G)
-    head_G = tl.load(heads_ptr + group * G + slot_G)
+    # All small tables at once: one trip to memory before the keys, not three. One group of sets needs but one of them.
     set_slot_G = tl.load(set_slot_ptr + group * G + slot_G)
-    first_set = tl.load(first_set_ptr + group)
-    sets_in_group = tl.load(first_set_ptr + group + 1) - first_set
+    if ONE_GROUP:
+        head_G = tl.where(slot_G < num_heads, slot_G, -1)
+        first_set = tl.zeros([], tl.int32)
+        sets_in_group = first_set + SETS
+    else:
+        head_G = tl.load(heads_ptr + group * G + slot_G)
+        first_set = tl.load(first_set_ptr + group)
+        sets_in_group = tl.load(first_set_ptr + group + 1) - first_set
     if EARLY_LAUNCH:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -119,7 +125,7 @@ def score_and_select_kernel(
             sum_part(
                 max_ptr + row * capacity, sum_ptr + row * capacity,
                 histogram_ptr + (row * PARTS + part) * BINS, forced_ptr + row * PARTS + part, tl.max(top_c),
-                part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks), blocks, SINK_BLOCKS,
+                part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS,
             )  # fmt: skip
             arrive(counter_ptr + 2 + slot)
         for job in range(selector, jobs, selectors):
@@ -165,10 +171,11 @@ def describe(
             "R_PADDED": R_padded,
             "G": plan.heads_JG.shape[1],
             "SETS": plan.sets_in_group,
+            "ONE_GROUP": plan.heads_JG.shape[0] == 1,
             "MAX_CHUNKS": MAX_CHUNKS,
             "TILE_BLOCKS": plan.tile_blocks,
             "WARPS": plan.num_warps,
-            "STAGES": stages_that_fit(plan.stages, tile_bytes),
+            "STAGES": stages_that_fit(plan.stages, tile_bytes, held_steps=HELD_TILES),
             "PARTS": MAX_PARTS,
             "SELECT_TILE": plan.select_tile,
             "PART_BLOCKS": plan.part_blocks,

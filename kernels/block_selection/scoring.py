@@ -7,6 +7,12 @@
 import triton
 import triton.language as tl
 
+# From this release on Triton gives products of eight columns to Hopper's asynchronous unit, which reads its tile from shared memory
+# while the next ones arrive.
+HELD_TILES = int(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
+# The interpreter multiplies bf16 numbers only as fp32.
+BF16_PRODUCT = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+
 
 @triton.jit
 def score_chunk(
@@ -35,7 +41,8 @@ def score_chunk(
     """Write (m_b, l_b) of the chunk's blocks for the group's heads; returns the largest m_b per head.
 
     One column of the product a head: K_set [tokens, R] times q^T with zeros for the heads of other sets, summed over the
-    group's sets, so that heads with keys of their own fill the matrix unit as well as heads that share one set.
+    group's sets, so that heads with keys of their own fill the matrix unit as well as heads that share one set. Where keys are
+    narrower than fp32, the query is rounded to bf16: the matrix unit has no fp32.
 
     Rows of a tile are ordered so that a warp holds whole blocks in the layouts that Triton gives products (16 rows a
     warp, then the next warp, then the next register): row = ((x * SUB + y) * WARPS + warp) * 16 + z is token y * 16 + z
@@ -44,6 +51,8 @@ def score_chunk(
     TILE: tl.constexpr = TILE_BLOCKS * BLOCK
     SUB: tl.constexpr = BLOCK // 16
     ROUNDS: tl.constexpr = TILE_BLOCKS // WARPS
+    if k_base.dtype.element_ty.primitive_bitwidth < 32 and q_GR.dtype == tl.float32:
+        q_GR = q_GR.to(tl.bfloat16).to(BF16_PRODUCT)
     row_t = tl.arange(0, TILE)
     warp_t = (row_t // 16) % WARPS
     round_t = row_t // (16 * WARPS)

@@ -39,7 +39,7 @@ def decode_layer(
 
     Args:
         q_BHD: post-RoPE queries, H = group_size * num_groups; B <= the plan's batch.
-        index_q_BHR: index queries of the retrieval heads; None where nothing is selected.
+        index_q_BHR: index queries of the retrieval heads (see `score_and_select`); None where nothing is selected.
         plan: from `plan_decode_layer`.
         lengths_B: int32, tokens of every sequence, the new one included; read on the device. 0 marks an inactive row, whose
             output is unspecified.
@@ -119,7 +119,7 @@ def choose_impl(
     if impl == "fused":
         return impl
     capability = torch.cuda.get_device_capability(q_BHD.device) if q_BHD.is_cuda else (0, 0)
-    faster = fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.head_dim, plan.local_window is not None)
+    faster = fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.capacity, plan.head_dim)
     return "fused" if obstacle is None and faster else "composed"
 
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.block_selection.plan import MAX_PARTS, NUM_BINS, check_capacity, divide_heads
+from rtpurbo.kernels.block_selection.plan import MAX_PARTS, MAX_TILE, NUM_BINS, check_capacity, divide_heads
 from rtpurbo.kernels.division import STAGE_BYTES, next_power_of_2, num_processors_of, padded_width, stages_that_fit
 from rtpurbo.kernels.launch import Launch
 
 TILE_BYTES, SCRATCH_BYTES = 40 << 10, 8 << 10
 MAX_TILE_BLOCKS = 8
-# Up to this capacity two programs of four warps a multiprocessor, beyond it one of eight: benchmarks/decode.md.
-SHORT_CAPACITY = 1 << 16
+# Batches of so many tokens in all gain from one launch.
+FEW_TOKENS = 1 << 18
 NEVER = -(1 << 31)
 LOG2E = 1.4426950408889634
 
@@ -76,25 +76,21 @@ def plan_fused(
     head_dim: int,
     block_size: int,
     device: torch.device,
-    num_warps: int | None = None,
-    programs_per_processor: int | None = None,
+    num_warps: int = 4,
+    programs_per_processor: int = 2,
     tile_blocks: int | None = None,
     score_stages: int = 3,
-    select_tile: int = 512,
-    part_blocks: int = 512,
-    step: int | None = None,
-    stages: int | None = None,
+    select_tile: int | None = None,
+    part_blocks: int = 1024,
+    step: int = 64,
+    stages: int = 4,
     local_step: int = 64,
     local_stages: int = 4,
     merge_tile: int = 32,
     early_launch: bool = False,
 ) -> FusedPlan:
     """Divide the work and allocate scratch memory; key_sets must ascend (the order of `runtime/layout.py`)."""
-    short = capacity <= SHORT_CAPACITY
-    num_warps = num_warps or (4 if short else 8)
-    programs_per_processor = programs_per_processor or (2 if short else 1)
-    step = step or (64 if short else 128)
-    stages = stages or (4 if short else 3)
+    select_tile = select_tile or max(256, min(MAX_TILE, next_power_of_2(-(-capacity // block_size))))
     H, num_sets, N = len(key_sets), max(key_sets) + 1, max(1, -(-capacity // block_size))
     heads_JG, _, first_J = divide_heads(key_sets, num_sets, 6)
     J = len(first_J) - 1
@@ -137,12 +133,10 @@ def plan_fused(
     )  # fmt: skip
 
 
-def is_faster(capability: tuple[int, int], dtype: torch.dtype, batch: int, head_dim: int, window_in_cache: bool) -> bool:
-    """Whether one launch was measured faster than the separate ones, or as fast (benchmarks/decode.md: H200, one sequence, bf16).
-
-    window_in_cache: a retained KV group has local heads, which the composition gives a launch of their own.
-    """
-    return capability == (9, 0) and dtype in (torch.bfloat16, torch.float16) and batch == 1 and head_dim <= 128 and window_in_cache
+def is_faster(capability: tuple[int, int], dtype: torch.dtype, batch: int, capacity: int, head_dim: int) -> bool:
+    """Whether one launch was measured faster than the separate ones (benchmarks/decode.md: H200, bf16; one sequence, or 8 of 32K)."""
+    small = batch == 1 or batch * capacity <= FEW_TOKENS
+    return capability == (9, 0) and dtype in (torch.bfloat16, torch.float16) and small and head_dim <= 128
 
 
 def obstacle(
@@ -165,6 +159,8 @@ def _constants(
     plan: FusedPlan, k_BSKD: torch.Tensor, index_k_BSIR: torch.Tensor, top_p: float, sinks: int, phase: int
 ) -> dict[str, object]:  # fmt: skip
     """The kernel's constexpr parameters; stages by the size of the elements."""
+    from rtpurbo.kernels.block_selection.scoring import HELD_TILES
+
     H, D, R = plan.num_heads, k_BSKD.shape[3], index_k_BSIR.shape[3]
     R_padded = padded_width(R)
     tile_bytes = plan.sets_in_group * plan.tile_blocks * plan.block_size * R_padded * index_k_BSIR.element_size()
@@ -176,7 +172,7 @@ def _constants(
         "J": plan.first_set_J.shape[0] - 1, "J_PADDED": next_power_of_2(plan.first_set_J.shape[0] - 1),
         "JOBS_PADDED": next_power_of_2(plan.batch * H), "G": plan.columns, "R": R, "R_PADDED": R_padded, "SETS": plan.sets_in_group,
         "TILE_BLOCKS": plan.tile_blocks,
-        "SCORE_STAGES": stages_that_fit(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES),
+        "SCORE_STAGES": stages_that_fit(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES, held_steps=HELD_TILES),
         "SELECT_TILE": plan.select_tile, "PART_BLOCKS": plan.part_blocks, "PARTS": MAX_PARTS,
         "D": D, "D_PADDED": padded_width(D), "GROUP_PADDED": padded_width(plan.group_size),
         "STEP": plan.step, "STAGES": stages_that_fit(plan.stages, plan.step * row_bytes, plan.pipeline_bytes),

@@ -70,7 +70,7 @@ def select_jobs(
                 top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
                 sum_part(
                     max_ptr + start, sum_ptr + start, histogram_ptr + (row * PARTS + part) * BINS, forced_ptr + row * PARTS + part,
-                    top, lo, tl.minimum(lo + part_blocks, blocks), blocks, SINK_BLOCKS,
+                    top, lo, tl.minimum(lo + part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS,
                 )  # fmt: skip
                 arrive(head_counter_ptr + 2 * row)
     if WRITES:
@@ -172,6 +172,11 @@ def decode_layer_kernel(
     length_B = tl.load(lengths_ptr + batch_B, mask=batch_B < batch, other=0)
     blocks_B = tl.cdiv(length_B, BLOCK)
     num_jobs = batch * num_heads
+    # Shares of the index keys in tiles times sets; one group of sets reads all of them of each tile.
+    tiles_B = tl.cdiv(blocks_B, TILE_BLOCKS)
+    score_units = tl.sum(tiles_B) * num_sets
+    score_share = tl.maximum(tl.cdiv(tl.cdiv(score_units, programs), SETS) * SETS if J == 1 else tl.cdiv(score_units, programs), 1)
+    scorers = tl.cdiv(score_units, score_share)
 
     # First stretch: every program scores an equal share of the index keys.
     if PHASE == 0 or PHASE == 1:
@@ -181,12 +186,9 @@ def decode_layer_kernel(
         set_slot_G = tl.load(key_set_ptr + head_G, mask=head_G >= 0, other=-1)
         used_GR = (head_G >= 0)[:, None] & real_R[None, :]
         q_GR = tl.load(index_q_ptr + head_G[:, None] * stride_iqh + dim_R[None, :], mask=used_GR, other=0.0)
-        tiles_B = tl.cdiv(blocks_B, TILE_BLOCKS)
         ends_B = tl.cumsum(tiles_B, axis=0) * num_sets
-        total = tl.sum(tiles_B) * num_sets
-        share = tl.cdiv(total, programs)
-        pos = program * share
-        stop = tl.minimum(pos + share, total)
+        pos = program * score_share
+        stop = tl.minimum(pos + score_share, score_units)
         while pos < stop:
             b = tl.sum((ends_B <= pos).to(tl.int32))
             tiles = at(tiles_B, batch_B, b)
@@ -221,11 +223,13 @@ def decode_layer_kernel(
         rank = (ticket % programs).to(tl.int32)
         target = ticket - rank + programs
 
-    # Second stretch: those that arrived last select, the others attend for the local heads.
+    # Second stretch: those that arrived last select, the others attend for the local heads. Where half of the programs had nothing
+    # to score, they began at once and do it alone: the rest would start late, and waits for the selection instead.
     max_parts, part_blocks = parts_of(tl.max(blocks_B), SELECT_TILE, PART_BLOCKS, PARTS)
     jobs = num_jobs * max_parts
     selectors = tl.where(jobs * 3 <= programs * 2, jobs, programs)
     workers = tl.where(selectors < programs, programs - selectors, programs)
+    workers = tl.where(scorers * 2 <= programs, tl.minimum(workers, programs - scorers), workers)
     selector = rank - (programs - selectors)
     if (PHASE == 0 or PHASE == 2 or PHASE == 3) and selector >= 0:
         if PHASE == 0:
@@ -292,18 +296,31 @@ def decode_layer_kernel(
 
     # Third stretch: all programs attend to equal shares of all lists; the last one of a head merges its parts.
     if PHASE == 0 or PHASE == 4:
-        if PHASE == 0:
-            wait_until(gate_ptr + LINE, target, tl.zeros([], tl.int64))
         job_X = tl.arange(0, JOBS_PADDED)
         real_X = job_X < num_jobs
+        row_x = tl.arange(0, 16)
+        retained_K = tl.where(group_K < num_retained, retrieval_K, 0)
+        upto_K = tl.cumsum(retained_K, axis=0)
+        q_xD = tl.zeros([16, D_PADDED], q_ptr.dtype.element_ty)
+        if JOBS_PADDED <= 16:
+            # Queries of all heads fit the rows of one product: they are loaded before the wait, and every share computes all rows.
+            nth_x = row_x % num_heads
+            group_x = tl.sum((upto_K[None, :] <= nth_x[:, None]).to(tl.int32), axis=1)
+            earlier_x = tl.sum(tl.where(group_K[None, :] < group_x[:, None], retained_K[None, :], 0), axis=1)
+            offset_x = (row_x // num_heads) * stride_qb + (group_x * GROUP + nth_x - earlier_x) * stride_qh
+            q_xD = tl.load(
+                q_ptr + offset_x[:, None] + dim_D[None, :], mask=(row_x < num_jobs)[:, None] & (dim_D < D)[None, :], other=0.0
+            )  # fmt: skip
+        if PHASE == 0:
+            wait_until(gate_ptr + LINE, target, tl.zeros([], tl.int64))
         if program == programs - 1:
             tl.store(head_counter_ptr + 2 * job_X, tl.zeros([JOBS_PADDED], tl.int32), mask=real_X)
             tl.store(top_ptr + job_X, tl.full([JOBS_PADDED], NEVER, tl.int32), mask=real_X)
         units_X = tl.load(count_ptr + job_X, mask=real_X, other=0, cache_modifier=".cg") * (BLOCK // UNIT)
         ends_X = tl.cumsum(units_X, axis=0)
         total = tl.sum(units_X)
-        share = tl.maximum(tl.cdiv(total, programs), 1)
-        upto_K = tl.cumsum(tl.where(group_K < num_retained, retrieval_K, 0), axis=0)
+        # Whole steps: less takes as long, and makes more parts to merge.
+        share = tl.maximum(tl.cdiv(tl.cdiv(total, programs), STEP // UNIT), 1) * (STEP // UNIT)
         pos = program * share
         stop = tl.minimum(pos + share, total)
         while pos < stop:
@@ -312,14 +329,15 @@ def decode_layer_kernel(
             start = at(ends_X, job_X, job) - units
             segment_stop = tl.minimum(stop, start + units)
             group = tl.sum((upto_K <= job % num_heads).to(tl.int32))
-            head = group * GROUP + job % num_heads - before(tl.where(group_K < num_retained, retrieval_K, 0), group_K, group)
+            head = group * GROUP + job % num_heads - before(retained_K, group_K, group)
             b = (job // num_heads).to(tl.int64)
-            head_x = head + tl.zeros([16], tl.int32)
-            used_x = tl.arange(0, 16) == 0
-            q_xD = tl.load(
-                q_ptr + b * stride_qb + head_x[:, None] * stride_qh + dim_D[None, :],
-                mask=used_x[:, None] & (dim_D < D)[None, :], other=0.0,
-            )  # fmt: skip
+            used_x = row_x == (job if JOBS_PADDED <= 16 else 0)
+            if JOBS_PADDED > 16:
+                head_x = head + tl.zeros([16], tl.int32)
+                q_xD = tl.load(
+                    q_ptr + b * stride_qb + head_x[:, None] * stride_qh + dim_D[None, :],
+                    mask=used_x[:, None] & (dim_D < D)[None, :], other=0.0,
+                )  # fmt: skip
             offset = b * stride_kb + group.to(tl.int64) * stride_kh
             best_x, expsum_x, acc_xD = attend_span(
                 q_xD, k_ptr + offset, v_ptr + offset, ids_ptr + job.to(tl.int64) * capacity,
@@ -327,10 +345,11 @@ def decode_layer_kernel(
                 True, False, BLOCK, STEP, D, 16, D_PADDED, STAGES,
             )  # fmt: skip
             if segment_stop - pos == units:
-                store_normalised(out_ptr + b * stride_ob, stride_oh, head_x, used_x, acc_xD, expsum_x, D, D_PADDED)
+                out_x = head + tl.zeros([16], tl.int32)
+                store_normalised(out_ptr + b * stride_ob, stride_oh, out_x, used_x, acc_xD, expsum_x, D, D_PADDED)
             else:
-                row_x = program + job + tl.zeros([16], tl.int32)
-                store_partial(acc_ptr, best_ptr, expsum_ptr, row_x, used_x, acc_xD, best_x, expsum_x, D, D_PADDED)
+                part_x = program + job + tl.zeros([16], tl.int32)
+                store_partial(acc_ptr, best_ptr, expsum_ptr, part_x, used_x, acc_xD, best_x, expsum_x, D, D_PADDED)
                 first_program = start // share
                 chunks = (start + units - 1) // share - first_program + 1
                 if arrive(head_counter_ptr + 2 * job + 1) == chunks - 1:
