@@ -127,7 +127,10 @@ def plan_selection_node(attributes: Attributes, shapes: Shapes, site: Site) -> A
 
 def _plan_selection(attributes: Attributes, B: int, S: int, sets: int, site: Site) -> Any:
     key_sets = list(attributes["key_sets"])
-    return plan_selection(key_sets, num_sets=sets, batch=B, capacity=S, device=site.device, block_size=attributes["block"])
+    return plan_selection(
+        key_sets, num_sets=sets, batch=B, capacity=S, device=site.device, block_size=attributes["block"],
+        pipeline_bytes=site.pipeline_bytes,
+    )  # fmt: skip
 
 
 def select_blocks(attributes: Attributes, plan: Any, inputs: Tensors, outputs: Tensors, site: Site) -> None:
@@ -171,12 +174,14 @@ def _plan_retained(attributes: Attributes, B: int, H: int, D: int, site: Site, *
         work, kv_heads = [(head,) for head in heads], [head // G for head in heads]
     else:
         work, kv_heads = jobs, list(range(len(jobs)))
-    retrieval = plan_attention(work, kv_heads, batch=B, head_dim=D, device=site.device, block_size=block)
+    retrieval = plan_attention(
+        work, kv_heads, batch=B, head_dim=D, device=site.device, block_size=block, pipeline_bytes=site.pipeline_bytes
+    )
     local = None
     if rest:
         local = plan_attention(
             [heads for heads, _ in rest], [g for _, g in rest], batch=B, head_dim=D, device=site.device, block_size=RING_BLOCK,
-            step_blocks=RING_STEP_BLOCKS, stages=RING_STAGES,
+            step_blocks=RING_STEP_BLOCKS, stages=RING_STAGES, pipeline_bytes=site.pipeline_bytes,
         )  # fmt: skip
     return RetainedPlan(retrieval=retrieval, local=local)
 
@@ -314,13 +319,16 @@ def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site
 
 
 def _suits_fused(attributes: Attributes, B: int, D: int, S: int, site: Site) -> bool:
-    """Whether a layer decodes in one launch, as kernels.decode_layer.choose_impl says; its key sets ascend."""
+    """Whether a layer decodes in one launch: as kernels.decode_layer.choose_impl says, but one sequence only.
+
+    The kernel is compiled for every power of two of sequences and of their heads, seconds each, which an engine would have to bring.
+    """
     ascending = list(attributes["key_sets"]) == sorted(attributes["key_sets"])
-    return ascending and fused.is_faster(divmod(site.capability, 10), torch.bfloat16, B, S, D)
+    return B == 1 and ascending and fused.is_faster(divmod(site.capability, 10), torch.bfloat16, B, S, D)
 
 
 def _plan_fused(attributes: Attributes, layer: dict[str, Any], S: int, site: Site) -> Any:
-    return fused.plan_fused(**layer, key_sets=list(attributes["key_sets"]), capacity=S, device=site.device)
+    return fused.plan_fused(**layer, key_sets=list(attributes["key_sets"]), capacity=S, device=site.device, pipeline_bytes=site.pipeline_bytes)
 
 
 def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: Tensors, outputs: Tensors, site: Site) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rtpurbo.kernels.division import num_processors_of
+from rtpurbo.kernels.division import OTHER_BYTES, SHARED_BYTES, num_processors_of
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.plugins.trt.products import Product
 
@@ -28,6 +28,11 @@ class Site:
     def processors(self) -> int:
         """Multiprocessors of the GPU; while building any number, as only grids depend on it."""
         return num_processors_of(self.device)
+
+    @property
+    def pipeline_bytes(self) -> int:
+        """Shared memory for the pipelines of a program, of the capability that the kernels are compiled for."""
+        return SHARED_BYTES[self.capability] - OTHER_BYTES
 
     @property
     def launches_early(self) -> bool:

@@ -1,0 +1,58 @@
+"""Whatever shapes an engine meets within its profiles, what its nodes launch was compiled when it was built."""
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from trt_attention_case import AttentionCase
+
+from rtpurbo.kernels.launch import Launch
+from rtpurbo.plugins.trt.cubins import distinct, variant_of
+from rtpurbo.plugins.trt.nodes import DECODE, NODES, PREFILL
+from rtpurbo.plugins.trt.operators import launches, port_shapes
+from rtpurbo.plugins.trt.plugins import Session
+
+DTYPES = {"model": torch.bfloat16, "index": torch.bfloat16, "float32": torch.float32, "int32": torch.int32}
+BATCH, CHUNK, CAPACITY = 5, 700, 9000
+
+
+def cases():
+    """Name -> (attributes, sizes of its fixed axes) of the nodes that an export writes."""
+    for name in NODES:
+        if name.startswith("Attention"):
+            case = AttentionCase(name, ((0,), (1,), 1), D=64, dtype=torch.bfloat16)
+            sizes = {
+                "O": (case.H + 2 * case.K) * case.D, "U": 32, "Q": CAPACITY, "Z": 2, "K": len(case.counts_K), "L": case.local, "D": 64,
+                "W": 27, "I": 3, "J": len(case.heads), "R": 16, "H": case.H,
+            }  # fmt: skip
+            yield pytest.param(name, case.attributes, sizes, id=name)
+        elif "Linear" in name:
+            yield pytest.param(name, {"eps": 1e-6} if "Norm" in name else {}, {"C": 320, "O": 200}, id=name)
+    yield pytest.param("Route", {"num_chosen": 8, "normalize": 1}, {"E": 128, "X": 8}, id="Route")
+    yield pytest.param("Experts", {}, {"C": 256, "F": 128, "G": 256, "E": 16, "X": 4}, id="Experts")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("name", "attributes", "fixed"), cases())
+def test_every_shape_within_the_profiles_finds_its_cubins(name, attributes, fixed, capability):
+    node, session = NODES[name], Session(capabilities=(capability,))
+    ports = [[DTYPES[port.dtype] for port in side] for side in (node.inputs, node.outputs)]
+    for largest in ({"B": 1, "T": CHUNK, "P": PREFILL, "M": CHUNK}, {"B": BATCH, "T": 1, "P": DECODE, "M": BATCH}):
+        session.seen[str(largest)] = (name, attributes, {**fixed, **largest, "S": CAPACITY}, *ports)
+    compiled = {variant.shape: variant for variant, _ in distinct(session.launches(capability))}
+    draw, checked = random.Random(0), 0
+    for trial in range(40):
+        decode = trial % 2
+        batch, rows = (draw.randint(1, BATCH), 1) if decode else (1, draw.randint(1, CHUNK))
+        sizes = {**fixed, "B": batch, "T": rows, "P": DECODE if decode else PREFILL, "M": batch * rows, "S": draw.randint(256, CAPACITY)}
+        shapes = port_shapes(node, attributes, sizes)
+        described = [list(zip(found, dtypes, strict=True)) for found, dtypes in zip(shapes, ports, strict=True)]
+        for work in launches(name, attributes, *described, capability)[0]:
+            if isinstance(work, Launch):
+                wanted, checked = variant_of(work), checked + 1
+                assert wanted.shape in compiled, (sizes, wanted)
+                assert compiled[wanted.shape].suits(wanted.aligned), (sizes, wanted)
+    assert checked or name in ("Linear", "LinearBias")
