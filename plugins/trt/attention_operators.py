@@ -40,7 +40,7 @@ def _plan_ring(B: int, H: int, K: int, D: int, site: Site) -> Any:
     G = H // K
     return plan_attention(
         [range(g * G, (g + 1) * G) for g in range(K)], range(K), batch=B, head_dim=D, device=site.device, block_size=RING_BLOCK,
-        step_blocks=RING_STEP_BLOCKS, stages=RING_STAGES,
+        step_blocks=RING_STEP_BLOCKS, stages=RING_STAGES, pipeline_bytes=site.pipeline_bytes,
     )  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def _prefill(
         "window": window, "sinks": attributes["sinks"], "scale": attributes["scale"], "by_position": ring is None, "lists": lists,
     }  # fmt: skip
     if block != KERNEL_BLOCK or not _suits_hopper(tensors, attributes["scale"], site):
-        tiles = {"block_queries": block, "block_keys": min(block, KERNEL_BLOCK // 2)}
+        tiles: dict[str, Any] = {"block_queries": block, "block_keys": min(block, KERNEL_BLOCK // 2)}
         return prefill_kernel.describe(q, k, v, lengths, counts, ring_k, ring_v, out, None, **mask, **tiles)
     from rtpurbo.kernels.local_attention import hopper_kernel
 
@@ -328,7 +328,8 @@ def _suits_fused(attributes: Attributes, B: int, D: int, S: int, site: Site) -> 
 
 
 def _plan_fused(attributes: Attributes, layer: dict[str, Any], S: int, site: Site) -> Any:
-    return fused.plan_fused(**layer, key_sets=list(attributes["key_sets"]), capacity=S, device=site.device, pipeline_bytes=site.pipeline_bytes)
+    key_sets = list(attributes["key_sets"])
+    return fused.plan_fused(**layer, key_sets=key_sets, capacity=S, device=site.device, pipeline_bytes=site.pipeline_bytes)
 
 
 def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: Tensors, outputs: Tensors, site: Site) -> None:

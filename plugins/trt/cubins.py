@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rtpurbo.kernels.division import SHARED_BYTES
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.plugins.trt.driver import Function, PreparedLaunch, tensor_map
 
@@ -146,6 +147,11 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
     except Exception as error:
         raise ValueError(f"{variant.kernel} does not compile for capability {capability}: {' '.join(str(error).split())[:300]}") from error
     image, metadata = compiled.asm["cubin"], compiled.metadata
+    if metadata.shared > SHARED_BYTES[capability]:
+        raise ValueError(
+            f"{variant.kernel} wants {metadata.shared} bytes of shared memory, and a program of capability {capability} has "
+            f"{SHARED_BYTES[capability]}"
+        )
     entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
     assert entry is not None
     descriptors = list(getattr(metadata, "tensordesc_meta", None) or [])
