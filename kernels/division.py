@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-# Shared memory for the pipelines of a multiprocessor (227 KiB on Hopper), less what products and reductions use.
-STAGE_BYTES = 196 << 10
+# Shared memory that a program may have, by compute capability (CUDA C++ programming guide, "Technical Specifications"), and what
+# products and reductions use of it beside the pipelines.
+SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
+OTHER_BYTES = 31 << 10
 
 
 def next_power_of_2(value: int) -> int:
@@ -18,7 +20,14 @@ def padded_width(width: int) -> int:
     return max(16, next_power_of_2(width))
 
 
-def stages_that_fit(wanted: int, step_bytes: int, total_bytes: int = STAGE_BYTES, *, held_steps: int = 0) -> int:
+def pipeline_bytes_of(device: torch.device) -> int:
+    """Shared memory for the pipelines of a program that has a multiprocessor for itself; without a GPU that of Hopper."""
+    if device.type != "cuda":
+        return SHARED_BYTES[90] - OTHER_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - OTHER_BYTES
+
+
+def stages_that_fit(wanted: int, step_bytes: int, total_bytes: int, *, held_steps: int = 0) -> int:
     """Stages of a software pipeline, at least 1: stages - 1 steps are in shared memory at once, and held_steps whose products read it."""
     return max(1, min(wanted, 1 - held_steps + total_bytes // step_bytes))
 

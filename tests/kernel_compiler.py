@@ -9,8 +9,8 @@ from rtpurbo.kernels.launch import Launch
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64"}
 
 
-def compile_for_hopper(launch: Launch) -> Any:
-    """Triton's compiled kernel for compute capability 9.0, specialised as a launch does: ones are constants, pointers and multiples of
+def compile_for(launch: Launch, capability: int = 90) -> Any:
+    """Triton's compiled kernel for a compute capability (10 x major + minor), specialised as a launch does: ones are constants, pointers and multiples of
     16 are known as such. Raises what the compiler raises."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -30,4 +30,4 @@ def compile_for_hopper(launch: Launch) -> Any:
         if name.endswith("_ptr") or (signature[name] == "i32" and value % 16 == 0):
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.num_warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from interpreter_process import interpreting, serve
-from kernel_compiler import compile_for_hopper
+from kernel_compiler import compile_for
 
 from rtpurbo.kernels.decode_layer import choose_impl, decode_layer, plan_decode_layer
 from rtpurbo.kernels.decode_layer.fused import describe, is_faster
@@ -263,7 +263,7 @@ def test_the_programs_of_one_launch_fit_hopper_together(capacity, dtype):
     index_k = tensors[2] = tensors[2].transpose(1, 2).contiguous().transpose(1, 2)
     ids, count = torch.zeros(1, 5, index_k.shape[1], dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int32)
     lengths = torch.tensor([1], dtype=torch.int32)
-    compiled = compile_for_hopper(
+    compiled = compile_for(
         describe(plan, request["q_BHD"], request["index_q_BHR"], lengths, *tensors, 1.0, 1.0, 0.9, 160, 4, request["q_BHD"], ids, count, 0)
     )
     programs = plan.programs // num_processors_of(torch.device("cpu"))

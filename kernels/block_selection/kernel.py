@@ -175,7 +175,7 @@ def describe(
             "MAX_CHUNKS": MAX_CHUNKS,
             "TILE_BLOCKS": plan.tile_blocks,
             "WARPS": plan.num_warps,
-            "STAGES": stages_that_fit(plan.stages, tile_bytes, held_steps=HELD_TILES),
+            "STAGES": stages_that_fit(plan.stages, tile_bytes, plan.pipeline_bytes, held_steps=HELD_TILES),
             "PARTS": MAX_PARTS,
             "SELECT_TILE": plan.select_tile,
             "PART_BLOCKS": plan.part_blocks,

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from rtpurbo.kernels.division import STAGE_BYTES, group_heads, max_waiting, next_power_of_2, num_processors_of
+from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of, pipeline_bytes_of
 
 NUM_BINS = 256
 MAX_PARTS = 16
@@ -34,6 +34,7 @@ class SelectionPlan:
     select_tile: int
     part_blocks: int
     stages: int
+    pipeline_bytes: int
     num_warps: int
     early_launch: bool
     sets_in_group: int
@@ -94,6 +95,7 @@ def plan_selection(
     stages: int | None = None,
     num_warps: int = 8,
     early_launch: bool = False,
+    pipeline_bytes: int | None = None,
 ) -> SelectionPlan:
     """Divide the work of `score_and_select` and allocate its scratch memory.
 
@@ -105,6 +107,7 @@ def plan_selection(
         block_size: keys a block.
         sets_a_group, tile_blocks, select_tile, part_blocks, programs_per_processor, stages, num_warps: work division, benchmarks/decode.md.
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
+        pipeline_bytes: shared memory for keys on their way, of a program; what the device has.
 
     Raises ValueError for a set without reader or out of range, and beyond 2^21 tokens.
     """
@@ -121,7 +124,8 @@ def plan_selection(
     sets_in_group = max(after - first for first, after in pairwise(first_J))
     programs = num_processors * programs_per_processor
     # The launch takes fewer where wide elements fill shared memory.
-    stages = stages or max(2, min(5, 1 + STAGE_BYTES // (sets_in_group * tile_blocks * block_size * 32)))
+    pipeline_bytes = pipeline_bytes or pipeline_bytes_of(device)
+    stages = stages or max(2, min(5, 1 + pipeline_bytes // (sets_in_group * tile_blocks * block_size * 32)))
     chunks = min(MAX_CHUNKS, -(-N // tile_blocks), max(1, programs * sets_in_group // (batch * num_sets)))
     shape = {
         "block_max_BHN": ((batch, H, N), torch.float32),
@@ -144,6 +148,7 @@ def plan_selection(
         # What does not fit a tile has at least two parts.
         part_blocks=min(part_blocks, select_tile),
         stages=stages,
+        pipeline_bytes=pipeline_bytes,
         num_warps=num_warps,
         early_launch=early_launch,
         sets_in_group=sets_in_group,

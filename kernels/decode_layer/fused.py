@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rtpurbo.kernels.block_selection.plan import MAX_PARTS, MAX_TILE, NUM_BINS, check_capacity, divide_heads
-from rtpurbo.kernels.division import STAGE_BYTES, next_power_of_2, num_processors_of, padded_width, stages_that_fit
+from rtpurbo.kernels.division import next_power_of_2, num_processors_of, padded_width, pipeline_bytes_of, stages_that_fit
 from rtpurbo.kernels.launch import Launch
 
 TILE_BYTES, SCRATCH_BYTES = 40 << 10, 8 << 10
@@ -88,6 +88,7 @@ def plan_fused(
     local_stages: int = 4,
     merge_tile: int = 32,
     early_launch: bool = False,
+    pipeline_bytes: int | None = None,
 ) -> FusedPlan:
     """Divide the work and allocate scratch memory; key_sets must ascend (the order of `runtime/layout.py`)."""
     select_tile = select_tile or max(256, min(MAX_TILE, next_power_of_2(-(-capacity // block_size))))
@@ -113,7 +114,7 @@ def plan_fused(
     return FusedPlan(
         batch=batch, capacity_blocks=N, block_size=block_size, group_size=group_size, num_groups=num_groups,
         num_retained=len(retrieval_counts), num_sets=num_sets, num_heads=H, programs=programs,
-        pipeline_bytes=STAGE_BYTES // programs_per_processor, num_warps=num_warps,
+        pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor, num_warps=num_warps,
         tile_blocks=tile_blocks, score_stages=score_stages, sets_in_group=sets_in_group, columns=heads_JG.shape[1],
         select_tile=select_tile, part_blocks=min(part_blocks, select_tile), step=step, stages=stages,
         local_step=local_step, local_stages=local_stages, merge_tile=merge_tile, early_launch=early_launch,

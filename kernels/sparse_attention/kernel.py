@@ -267,7 +267,9 @@ def describe(
             "G_PADDED": max(16, G),
             "J_PADDED": triton.next_power_of_2(J),
             "MERGE_TILE": plan.merge_tile,
-            "STAGES": stages_that_fit(plan.stages, 2 * plan.step_blocks * plan.block_size * D_padded * k_BSKD.element_size()),
+            "STAGES": stages_that_fit(
+                plan.stages, 2 * plan.step_blocks * plan.block_size * D_padded * k_BSKD.element_size(), plan.pipeline_bytes
+            ),
             "EARLY_LAUNCH": plan.early_launch,
         },
         num_warps=plan.num_warps,

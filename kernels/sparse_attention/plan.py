@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of
+from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of, pipeline_bytes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class AttendPlan:
     max_mergers: int
     merge_tile: int
     stages: int
+    pipeline_bytes: int
     num_warps: int
     step_blocks: int
     early_launch: bool
@@ -48,6 +49,7 @@ def plan_attention(
     num_warps: int = 4,
     step_blocks: int = 2,
     early_launch: bool = False,
+    pipeline_bytes: int | None = None,
 ) -> AttendPlan:
     """Divide the work of `attend_selected` (one head a job) or `attend_slots` (the heads of a KV group a job).
 
@@ -58,6 +60,7 @@ def plan_attention(
         device: where the cache lives.
         block_size, programs_per_processor, merge_tile, stages, num_warps, step_blocks: work division, see benchmarks/decode.md.
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
+        pipeline_bytes: shared memory for keys and values on their way, of a program; what the device has.
 
     Raises ValueError for jobs that are empty, share a head or lack a KV head.
     """
@@ -83,6 +86,7 @@ def plan_attention(
         max_mergers=max_waiting(batch * J, num_processors) if device.type == "cuda" else 1,
         merge_tile=merge_tile,
         stages=stages,
+        pipeline_bytes=pipeline_bytes or pipeline_bytes_of(device),
         num_warps=num_warps,
         step_blocks=step_blocks,
         early_launch=early_launch,
