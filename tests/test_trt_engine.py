@@ -25,7 +25,7 @@ from rtpurbo.runtime.loader import load  # noqa: E402
 CAPACITY, CHUNK, STEPS = 768, 128, 40
 # Layers with a head-wise, a local and a whole retained group; the rings of 60 wrap several times.
 RETRIEVAL = [[0, 1], [], [1, 4, 5, 6, 7]]
-ENGINE_NODES = ("AttentionSelectedLocal", "AttentionLocal", "AttentionSelected", "NormLinear", "Linear")
+ENGINE_NODES = ("AttentionSelectedLocal", "AttentionLocal", "AttentionSelected", "NormLinear", "GatedSilu", "Linear")
 
 
 def artifact(folder: Path, family: str, **fields) -> Path:

@@ -142,6 +142,13 @@ def test_the_launches_of_append_write_the_chunk(interpreted, chunk):
         assert torch.equal(found, wanted)
 
 
+def test_the_launch_of_a_gated_silu_multiplies_up_with_silu_of_gate(interpreted):
+    x = 4 * torch.randn(5, 2 * 1100, generator=torch.Generator().manual_seed(4))
+    _, (y,) = interpreted("GatedSilu", {}, [x], [torch.full((5, 1100), float("nan"))])
+    gate, up = x.double().chunk(2, dim=1)
+    assert torch.allclose(y.double(), gate / (1 + (-gate).exp()) * up, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [2, 9])
 def test_the_launches_of_a_mixture_route_and_mix(interpreted, tokens):
     generator = torch.Generator().manual_seed(2)

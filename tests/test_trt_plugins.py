@@ -58,6 +58,7 @@ CASES = {
         sizes={"H": 6, "K": 2, "D": 64, "J": 4, "I": 3, "R": 16},
     ),
     "AttendCausal": NodeCase(node="AttendCausal", attributes={**MASK, "retrieval_counts": [2, 1]}, sizes={"H": 4, "K": 2, "D": 128}),
+    "GatedSilu": NodeCase(node="GatedSilu", attributes={}, sizes={"G": 640, "F": 320}),
     "Route": NodeCase(node="Route", attributes={"num_chosen": 8, "normalize": 1}, sizes={"E": 128, "X": 8}),
     "Experts": NodeCase(node="Experts", attributes={}, sizes={"C": 256, "F": 128, "G": 256, "E": 16, "X": 4}),
     **{
@@ -299,6 +300,14 @@ def test_attend_retained_in_decode_reads_the_selected_blocks_only(engine_of, gra
         for head in range(6):
             seen = local if head not in rows else (lambda i, j, b=b, head=head: chosen[b, rows[head]][j // 64])
             assert h.error(out, b, head, head // 3, seen) < 1
+
+
+@pytest.mark.parametrize("rows", [pytest.param(rows, marks=on_gpu) for rows in (1, 3, 2048)])
+def test_gated_silu_in_an_engine_multiplies_up_with_silu_of_gate(engine_of, rows):
+    x = 4 * torch.randn(rows, 640, generator=torch.Generator("cuda").manual_seed(rows), device="cuda").bfloat16()
+    (y,) = engine_of("GatedSilu").run(x)
+    gate, up = x.double().chunk(2, dim=1)
+    torch.testing.assert_close(y.double(), gate / (1 + (-gate).exp()) * up, atol=1e-6, rtol=2**-8)
 
 
 @pytest.mark.parametrize("tokens", [pytest.param(tokens, marks=on_gpu) for tokens in (1, 3, 64, 65, 2048)])

@@ -31,6 +31,7 @@ def cases():
             yield pytest.param(name, case.attributes, sizes, id=name)
         elif "Linear" in name:
             yield pytest.param(name, {"eps": 1e-6} if "Norm" in name else {}, {"C": 320, "O": 200}, id=name)
+    yield pytest.param("GatedSilu", {}, {"G": 640}, id="GatedSilu")
     yield pytest.param("Route", {"num_chosen": 8, "normalize": 1}, {"E": 128, "X": 8}, id="Route")
     yield pytest.param("Experts", {}, {"C": 256, "F": 128, "G": 256, "E": 16, "X": 4}, id="Experts")
 

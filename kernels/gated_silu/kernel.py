@@ -30,12 +30,17 @@ def _gated_silu(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr, EARLY_LAUNCH: tl.c
 
 def launch(gate_up_TG: torch.Tensor) -> torch.Tensor:
     """See `kernels.gated_silu.gated_silu`."""
-    T, F = gate_up_TG.shape[0], gate_up_TG.shape[1] // 2
-    out_TF = torch.empty(T, F, dtype=gate_up_TG.dtype, device=gate_up_TG.device)
-    if T and F:
+    out_TF = torch.empty(gate_up_TG.shape[0], gate_up_TG.shape[1] // 2, dtype=gate_up_TG.dtype, device=gate_up_TG.device)
+    if out_TF.numel():
         early_launch = out_TF.is_cuda and torch.cuda.get_device_capability(out_TF.device) >= (9, 0)
-        Launch(
-            kernel=_gated_silu, grid=(T, triton.cdiv(F, BLOCK)), arguments=(gate_up_TG, out_TF, F),
-            constants={"BLOCK": BLOCK, "EARLY_LAUNCH": early_launch}, early_launch=early_launch,
-        ).run()  # fmt: skip
+        describe(gate_up_TG, out_TF, early_launch=early_launch).run()
     return out_TF
+
+
+def describe(gate_up_TG: torch.Tensor, out_TF: torch.Tensor, *, early_launch: bool) -> Launch:
+    """The launch that writes out."""
+    T, F = out_TF.shape
+    return Launch(
+        kernel=_gated_silu, grid=(T, triton.cdiv(F, BLOCK)), arguments=(gate_up_TG, out_TF, F),
+        constants={"BLOCK": BLOCK, "EARLY_LAUNCH": early_launch}, early_launch=early_launch,
+    )  # fmt: skip

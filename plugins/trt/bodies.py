@@ -57,6 +57,11 @@ def _first_norm_linear(g: Graph, *, bias: bool = False, x: str = "x") -> tuple[s
     return *_linear(g, bias=bias, x=normed), normed
 
 
+def _gated_silu(g: Graph) -> tuple[str, ...]:
+    gate, up = g.ops("Split", [g.float32("gate_up")], 2, {"axis": 1, "num_outputs": 2})
+    return (g.op("CastLike", g.op("Mul", g.op("Mul", gate, g.op("Sigmoid", gate)), up), "gate_up"),)
+
+
 def _attend_local(g: Graph) -> tuple[str, ...]:
     length_B1 = g.axes(g.int64("lengths"), 1)
     query_BT, valid_BT = _chunk(g, "q")
@@ -166,6 +171,7 @@ _BODIES: dict[str, Callable[[Graph], tuple[str, ...]]] = {
     "AttendRetained": _attend_retained,
     "AttendPooled": partial(_attend_retained, pooled=True),
     "AttendCausal": _attend_causal,
+    "GatedSilu": _gated_silu,
     "Route": _route,
     "Experts": _experts,
 }

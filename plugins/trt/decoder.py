@@ -144,14 +144,13 @@ class Decoder:
 
     def mlp(self, index: int, x: Pending) -> Pending:
         """The layer's feed-forward part: a gated MLP, or a mixture of experts where the checkpoint has a router."""
-        g, prefix, norm = self.g, f"model.layers.{index}.mlp.", f"model.layers.{index}.post_attention_layernorm"
+        prefix, norm = f"model.layers.{index}.mlp.", f"model.layers.{index}.post_attention_layernorm"
         if f"{prefix}gate.weight" in self.weights:
             logits, total, normed = self.norm_linear(x, norm, prefix, "", ("gate",))
             return Pending(self._experts(index, prefix, logits, normed), total)
         gate_up, total, _ = self.norm_linear(x, norm, prefix, "gate_up_proj", ("gate_proj", "up_proj"))
-        gate, up = g.ops("Split", [g.float32(gate_up)], 2, {"axis": 1, "num_outputs": 2})
-        silu = g.op("Mul", gate, g.op("Sigmoid", gate))
-        return Pending(self.linear(g.cast(g.op("Mul", silu, up), self.dtype), f"{prefix}down_proj"), total)
+        activated = self.custom("GatedSilu", [gate_up], {}, f"layers.{index}.")[0]
+        return Pending(self.linear(activated, f"{prefix}down_proj"), total)
 
     def _experts(self, index: int, prefix: str, logits: str, x_MC: str) -> str:
         config = self.config

@@ -264,6 +264,13 @@ NODES = {
             scale="float",
         ),
         _node(
+            "GatedSilu",
+            """y = silu(gate) * up in fp32, rounded once; gate_up holds the F values of gate, then those of up.""",
+            "gate_up:model:MG",
+            "y:model:MF",
+            {},
+        ),
+        _node(
             "Route",
             """The num_chosen experts of highest router logit, best first and the lowest id first among equals, and their softmax weights
             (fp32 inside), over the chosen ones' sum if normalize is 1. X = num_chosen.""",

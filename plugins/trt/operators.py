@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rtpurbo.kernels.experts import FEW_TOKENS, GLUON_ROWS, few_kernel
 from rtpurbo.kernels.experts import kernel as experts_kernel
 from rtpurbo.kernels.experts.sorting import PAIRS
+from rtpurbo.kernels.gated_silu import kernel as silu_kernel
 from rtpurbo.kernels.norm import kernel as norm_kernel
 from rtpurbo.kernels.norm_linear import AUTO_TOKENS, MAX_WIDTH
 from rtpurbo.kernels.norm_linear import kernel as matvec_kernel
@@ -87,6 +88,10 @@ def _norm_and_multiply(
     site.run(Product(x_MC=normed, weight_OC=weight, bias_O=bias, y_MO=y))
 
 
+def _gated_silu(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, site: Site) -> None:
+    site.run(silu_kernel.describe(inputs[0], outputs[0], early_launch=site.launches_early))
+
+
 def _route(attributes: Attributes, plan: None, inputs: Tensors, outputs: Tensors, site: Site) -> None:
     ids, weights = outputs
     site.run(router_kernel.describe(inputs[0], ids, weights, bool(attributes["normalize"]), early_launch=site.launches_early))
@@ -120,6 +125,7 @@ OPERATORS = {
     "AttendRetained": Operator(plan=partial(plan_retained, selects=True), launch=attend_retained),
     "AttendPooled": Operator(plan=plan_pooled, launch=attend_pooled),
     "AttendCausal": Operator(plan=partial(plan_retained, selects=False), launch=attend_retained),
+    "GatedSilu": Operator(plan=_no_plan, launch=_gated_silu),
     "Route": Operator(plan=_no_plan, launch=_route),
     "Experts": Operator(plan=_no_plan, launch=_experts),
     **{name: Operator(plan=_no_plan, launch=_linear) for name in ("Linear", "LinearBias")},
@@ -181,8 +187,9 @@ def launches(name: str, attributes: Attributes, inputs: Ports, outputs: Ports, c
 
 
 def port_shapes(node: Node, attributes: Attributes, sizes: Mapping[str, int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Shapes of a node's inputs and outputs from the size of every axis; N follows from S, and some are attributes."""
+    """Shapes of a node's inputs and outputs from the size of every axis; N follows from S, F from G, and some are attributes."""
     full = {**sizes, "N": -(-sizes["S"] // attributes["block"])} if "block" in attributes else dict(sizes)
+    full |= {"F": full["G"] // 2} if "G" in full else {}
     full |= {axis: attributes[name] for name, axis in SIZED_BY.items() if name in attributes}
     inputs, outputs = ([tuple(full[axis] for axis in port.axes) for port in ports] for ports in (node.inputs, node.outputs))
     return inputs, outputs
