@@ -10,8 +10,10 @@ TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", t
 
 
 def compile_for(launch: Launch, capability: int = 90) -> Any:
-    """Triton's compiled kernel for a compute capability (10 x major + minor), specialised as a launch does: ones are constants, pointers and multiples of
-    16 are known as such. Raises what the compiler raises."""
+    """Triton's compiled kernel for a compute capability (10 x major + minor); raises what the compiler raises.
+
+    Specialised as a launch does it: ones are constants, pointers and multiples of 16 are known as such.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -6,12 +6,12 @@ from kernel_compiler import compile_for
 
 pytest.importorskip("triton")
 
-from rtpurbo.kernels.block_selection import kernel as selection_kernel  # noqa: E402
-from rtpurbo.kernels.block_selection import plan_selection  # noqa: E402
-from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS  # noqa: E402
-from rtpurbo.kernels.division import OTHER_BYTES, SHARED_BYTES  # noqa: E402
-from rtpurbo.kernels.sparse_attention import kernel as attention_kernel  # noqa: E402
-from rtpurbo.kernels.sparse_attention import plan_attention  # noqa: E402
+from rtpurbo.kernels.block_selection import kernel as selection_kernel
+from rtpurbo.kernels.block_selection import plan_selection
+from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS
+from rtpurbo.kernels.division import OTHER_BYTES, SHARED_BYTES
+from rtpurbo.kernels.sparse_attention import kernel as attention_kernel
+from rtpurbo.kernels.sparse_attention import plan_attention
 
 CAPABILITIES = (80, 86, 90)
 TOKENS = 1 << 17
