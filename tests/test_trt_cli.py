@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from rtpurbo.cli import main
 from rtpurbo.plugins.trt import library
-from rtpurbo.plugins.trt.verify import argmax_report
+from rtpurbo.plugins.trt.verify import argmax_report, check, compare_logits
 
 pytestmark = pytest.mark.trt
 pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx: pip install 'rtpurbo[trt-rtx]'")
@@ -93,6 +93,22 @@ def test_differences_of_the_most_likely_token_count_only_beyond_rounding():
     got = torch.tensor([[[3.2, 1.0, 0.0]], [[1.9, 2.0, 0.0]], [[0.0, 0.0, 5.0]]])
     assert argmax_report(got, want) == {"argmax_agreement": pytest.approx(2 / 3), "argmax_differences": 0}
     got[2, 0] = torch.tensor([0.0, 5.0, 4.9])
-    assert argmax_report(got, want)["argmax_differences"] == 0  # now the largest error is 5
+    # One token is wrong by 5, which is not what the others' errors are like.
+    assert argmax_report(got, want)["argmax_differences"] == 1
     assert argmax_report(torch.tensor([[[2.9, 3.0]]]), torch.tensor([[[3.5, 3.0]]]))["argmax_differences"] == 0
     assert argmax_report(torch.tensor([[[3.0, 3.1]]]), torch.tensor([[[3.05, 3.0]]]))["argmax_differences"] == 0
+
+
+def test_an_engine_whose_logits_are_another_models_is_refused(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    want = torch.randn(40, 2, 50, generator=generator)
+    near = want + 0.01 * torch.randn(40, 2, 50, generator=generator)
+    few, many = near.clone(), near.clone()
+    few[:2, 0], many[:12, 0] = -want[:2, 0], -want[:12, 0]
+    check({"tolerance": 0.05, **compare_logits(few, want)}, tmp_path)
+    with pytest.raises(ValueError, match="a tenth of the tokens differ"):
+        check({"tolerance": 0.05, **compare_logits(many, want)}, tmp_path)
+    with pytest.raises(ValueError, match="a tenth of the tokens differ"):
+        check({"tolerance": 0.05, **compare_logits(near * float("nan"), want)}, tmp_path)
+    with pytest.raises(ValueError, match="the most likely token differs in 9 of 80 places"):
+        check({"tolerance": 3.0, **compare_logits(many, want)}, tmp_path)

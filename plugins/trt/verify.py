@@ -13,6 +13,9 @@ from rtpurbo.runtime.engine import Runtime
 from rtpurbo.runtime.loader import load
 from rtpurbo.runtime.verify import CHUNK, DENSE_TOLERANCE, sample_tokens
 
+# Share of the tokens whose most likely one may differ beyond usual errors.
+MAX_DIFFERENCES = 0.1
+
 
 def verify_engine(folder: Path, artifact: Path, *, num_tokens: int = 512) -> dict[str, Any]:
     """Compare an engine with the runtime on the artifact that it was built from.
@@ -20,11 +23,12 @@ def verify_engine(folder: Path, artifact: Path, *, num_tokens: int = 512) -> dic
     Two sequences of different lengths, num_tokens and a third of it (cut to the engine's capacity): the prompts are prefilled in
     odd chunks, then the last eighth of each is given to decode steps token by token, so that one wrong token cannot hide the next.
 
-    Returns a JSON-ready report: `relative_error`, the largest over tokens of |engine - runtime| / |runtime| (Euclidean norms of
-    logits), with its tolerance and the largest absolute error; `argmax_agreement`; `argmax_differences`: tokens whose argmax differs
-    although the runtime's two largest logits are further apart than twice the largest absolute error, which rounding cannot explain.
-    Raises ValueError when the folder is not sound (see load_engine), the artifact is another one, the tolerance is exceeded, or an
-    argmax differs beyond rounding. The selection itself is not an output of an engine: it is checked node by node in the tests.
+    Returns a JSON-ready report: of |engine - runtime| / |runtime| (Euclidean norms of a token's logits) the median, the 0.9 quantile with
+    its tolerance and the largest; the largest absolute error; `argmax_agreement`; `argmax_differences`, see `argmax_report`.
+    Raises ValueError when the folder is not sound (see load_engine), the artifact is another one, more than a tenth of the tokens
+    exceed the tolerance, or more than a tenth of them differ in the most likely token beyond usual errors. A tenth, because one rounding
+    can move a block or an expert over an edge, which changes a token's logits at once. The selection itself is not an output of an
+    engine: it is checked node by node in the tests.
     """
     if num_tokens < 64:
         raise ValueError(f"num_tokens is {num_tokens}, wanted at least 64")
@@ -46,13 +50,18 @@ def verify_engine(folder: Path, artifact: Path, *, num_tokens: int = 512) -> dic
         "tolerance": tolerance,
         **compare_logits(got, want),
     }
-    if report["relative_error"] > tolerance:
-        raise ValueError(
-            f"{folder}: the logits differ from the runtime's by a relative {report['relative_error']:.3g}, wanted at most {tolerance}"
-        )
-    if report["argmax_differences"]:
-        raise ValueError(f"{folder}: the most likely token differs {report['argmax_differences']} times beyond what rounding explains")
+    check(report, folder)
     return report
+
+
+def check(report: dict[str, Any], folder: Path) -> None:
+    """ValueError where a report shows an engine that is not the runtime's model."""
+    found, tolerance, tokens = report["relative_error_0.9"], report["tolerance"], report["compared_tokens"]
+    if not found <= tolerance:
+        raise ValueError(f"{folder}: a tenth of the tokens differ from the runtime's logits by more than {found:.3g}, wanted {tolerance}")
+    if report["argmax_differences"] > MAX_DIFFERENCES * tokens:
+        differences = report["argmax_differences"]
+        raise ValueError(f"{folder}: the most likely token differs in {differences} of {tokens} places beyond what rounding explains")
 
 
 def teacher_forced_logits(
@@ -77,13 +86,21 @@ def teacher_forced_logits(
 def compare_logits(got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
     """Errors of `got` [steps, B, V] against `want`, as `verify_engine` reports them."""
     relative = ((got - want).norm(dim=-1) / want.norm(dim=-1)).nan_to_num(nan=float("inf"))
-    errors = {"relative_error": float(relative.max()), "median_relative_error": float(relative.median())}
+    errors = {
+        "relative_error": float(relative.max()),
+        "relative_error_0.9": float(relative.flatten().sort().values[int(0.9 * (relative.numel() - 1))]),
+        "median_relative_error": float(relative.median()),
+    }
     return {"compared_tokens": relative.numel(), **errors, "max_abs_error": float((got - want).abs().max()), **argmax_report(got, want)}
 
 
 def argmax_report(got: torch.Tensor, want: torch.Tensor) -> dict[str, Any]:
-    """Share of equal argmax, and how many differences are further apart in `want` than twice the largest error."""
+    """Share of equal argmax, and how many tokens differ although `want` has its two largest further apart than twice the usual error.
+
+    Usual: the median over tokens of a token's largest error. (Twice the largest of all errors explains every difference.)
+    """
     top = want.topk(2, dim=-1).values
-    clear = (top[..., 0] - top[..., 1]) > 2 * (got - want).abs().max()
+    usual = (got - want).abs().amax(dim=-1).median()
+    clear = (top[..., 0] - top[..., 1]) > 2 * usual
     equal = got.argmax(dim=-1) == want.argmax(dim=-1)
     return {"argmax_agreement": float(equal.double().mean()), "argmax_differences": int((clear & ~equal).sum())}
