@@ -5,6 +5,7 @@ Run from the repository root: `python benchmarks/decode.py --out benchmarks/deco
 
 # B batch  S cached tokens  H query heads  I index-key sets  K kv heads  D head dim  R index dim  W ring slots
 import argparse
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rtpurbo.kernels.bench import READ_BANDWIDTH_GB_S, rotations, time_graph, versions, write_csv
+from rtpurbo.kernels.bench import READ_BANDWIDTH_GB_S, Timing, rotations, time_graph, versions, write_csv
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.decode_layer import decode_layer, plan_decode_layer
-from rtpurbo.kernels.decode_layer.fused import plan_fused
+from rtpurbo.kernels.decode_layer.fused import STAMP_NAMES, plan_fused
 from rtpurbo.kernels.sparse_attention import attend_selected, plan_attention
 from rtpurbo.kernels.testing import peaked_index
 
@@ -186,6 +187,31 @@ def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, ca
     )  # fmt: skip
 
 
+def time_stamps(layout: str, tokens: int, *, replays=4):
+    """When the programs of the one launch come to its stretches, in us after the first started: earliest, median and latest program."""
+    inputs = layer_inputs(layout, tokens, max(2, min(8, int(40e9 // (tokens * D * 4)))))
+    plan = layer_plan(layout, tokens, stamps=True)
+    assert plan.fused is not None
+    assert plan.fused.stamps is not None
+    lengths, seen = lengths_of(1, tokens), []
+    for replay in range(replays):
+        for tensors in inputs:
+            plan.fused.stamps.zero_()
+            torch.cuda.synchronize()
+            decode_layer(**tensors, plan=plan, lengths_B=lengths, scale=SCALE, index_scale=1.0, top_p=0.9, impl="fused")
+            torch.cuda.synchronize()
+            if replay:
+                seen.append(plan.fused.stamps[:, : len(STAMP_NAMES)].cpu())
+    rows = []
+    for n, name in enumerate(STAMP_NAMES):
+        # Programs that never came there hold 0.
+        times = [(stamps[:, n][stamps[:, n] > 0] - stamps[:, 0].min()).double() / 1e3 for stamps in seen]
+        low, middle, high = (statistics.median(float(of(x)) for x in times) for of in (torch.min, torch.median, torch.max))
+        timing = Timing(median_us=middle, low_us=low, high_us=high)
+        rows.append(row("stamp", layout, tokens, timing, batch=1, variant=f"{name}, {statistics.median(len(x) for x in times)} programs"))
+    return rows
+
+
 def time_local_layer(*, batch=1, tokens=K128):
     """A layer without retrieval heads: four rings."""
     step_bytes = batch * (WINDOW + SINKS) * 4 * D * 4
@@ -267,7 +293,11 @@ def section_layer():
     return rows + [time_decode(layout, K32, impl=impl, capacity=M1) for layout in LAYOUTS for impl in ("fused", "composed")]
 
 
-SECTIONS = {"select": section_select, "sweep": section_sweep, "batch": section_batch, "layer": section_layer}
+def section_stamps():
+    return [result for tokens in (K32, K128, M1) for layout in LAYOUTS for result in time_stamps(layout, tokens)]
+
+
+SECTIONS = {"select": section_select, "sweep": section_sweep, "batch": section_batch, "layer": section_layer, "stamps": section_stamps}
 
 
 def main():

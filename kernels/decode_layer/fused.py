@@ -16,6 +16,8 @@ MAX_TILE_BLOCKS = 8
 # Batches of so many tokens in all gain from one launch.
 FEW_TOKENS = 1 << 18
 NEVER = -(1 << 31)
+# What a program has done when it stamps the time.
+STAMP_NAMES = ("started", "scored", "arrived", "all arrived", "ids written", "local heads done", "ids there", "attended", "ended")
 LOG2E = 1.4426950408889634
 
 
@@ -63,6 +65,7 @@ class FusedPlan:
     local_sum_LG: torch.Tensor
     gates: torch.Tensor
     head_counters: torch.Tensor
+    stamps: torch.Tensor | None
 
 
 def plan_fused(
@@ -89,8 +92,12 @@ def plan_fused(
     merge_tile: int = 32,
     early_launch: bool = False,
     pipeline_bytes: int | None = None,
+    stamps: bool = False,
 ) -> FusedPlan:
-    """Divide the work and allocate scratch memory; key_sets must ascend (the order of `runtime/layout.py`)."""
+    """Divide the work and allocate scratch memory; key_sets must ascend (the order of `runtime/layout.py`).
+
+    stamps: let every program note in `plan.stamps` [programs, 16] when (ns) it came to each of STAMP_NAMES; 0: it did not.
+    """
     select_tile = select_tile or max(256, min(MAX_TILE, next_power_of_2(-(-capacity // block_size))))
     H, num_sets, N = len(key_sets), max(key_sets) + 1, max(1, -(-capacity // block_size))
     heads_JG, _, first_J = divide_heads(key_sets, num_sets, 6)
@@ -131,6 +138,7 @@ def plan_fused(
         local_sum_LG=scratch(local_slots, group_size),
         gates=torch.zeros(48, dtype=torch.int64, device=device),
         head_counters=torch.zeros(batch, H, 2, dtype=torch.int32, device=device),
+        stamps=torch.zeros(programs, 16, dtype=torch.int64, device=device) if stamps else None,
     )  # fmt: skip
 
 
@@ -180,6 +188,7 @@ def _constants(
         "LOCAL_STEP": plan.local_step,
         "LOCAL_STAGES": stages_that_fit(plan.local_stages, plan.local_step * row_bytes, plan.pipeline_bytes),
         "MERGE_TILE": plan.merge_tile, "WARPS": plan.num_warps, "EARLY_LAUNCH": plan.early_launch,
+        "STAMPS": plan.stamps is not None,
     }  # fmt: skip
 
 
@@ -212,7 +221,7 @@ def describe(
         plan.key_set_H, plan.first_set_J, plan.first_head_J, plan.retrieval_K,
         plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb, plan.forced_BHP,
         plan.acc_LD, plan.best_L, plan.sum_L, plan.local_acc_LGD, plan.local_best_LG, plan.local_sum_LG,
-        plan.gates, plan.head_counters, ids_BHN, count_BH,
+        plan.gates, plan.head_counters, plan.gates if plan.stamps is None else plan.stamps, ids_BHN, count_BH,
         B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,
         float(scale) * LOG2E, float(index_scale),
         q_BHD.stride(0), q_BHD.stride(1), k_BSKD.stride(0), k_BSKD.stride(1), k_BSKD.stride(2),

@@ -32,6 +32,13 @@ def before(values_x, index_x, index):
 
 
 @triton.jit
+def stamp(stamp_ptr, program, n: tl.constexpr, STAMPS: tl.constexpr):
+    """The time in ns at which a program came here, where benchmarks/decode.py asks for it; see `fused.STAMP_NAMES`."""
+    if STAMPS:
+        tl.store(stamp_ptr + program * LINE + n, cuda.globaltimer())
+
+
+@triton.jit
 def ordered_key(value):
     """int32 that sorts like the fp32 value, so that an integer maximum serves."""
     bits = value.to(tl.int32, bitcast=True)
@@ -141,6 +148,7 @@ def decode_layer_kernel(
     local_expsum_ptr,  # fp32 [programs + B * K, GROUP]
     gate_ptr,  # int64 [3 * LINE]: scored, selected, local parts stored; every launch adds `programs` to each
     head_counter_ptr,  # int32 [B, H, 2]: parts summed, parts attended; zero between launches
+    stamp_ptr,  # int64 [programs, LINE], with STAMPS
     ids_ptr,  # int32 [B, H, N]
     count_ptr,  # int32 [B, H]
     batch, num_heads, num_groups, num_retained, num_sets, capacity, slots, sinks, scale_log2, index_scale,
@@ -153,9 +161,11 @@ def decode_layer_kernel(
     SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
     LOCAL_STEP: tl.constexpr, LOCAL_STAGES: tl.constexpr, MERGE_TILE: tl.constexpr, WARPS: tl.constexpr, EARLY_LAUNCH: tl.constexpr,
+    STAMPS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    stamp(stamp_ptr, program, 0, STAMPS)
     batch_B = tl.arange(0, B_PADDED)
     group_K = tl.arange(0, K_PADDED)
     group_J = tl.arange(0, J_PADDED)
@@ -215,6 +225,7 @@ def decode_layer_kernel(
             )  # fmt: skip
             tl.atomic_max(top_ptr + row_G, ordered_key(best_G), mask=(head_G >= 0) & (best_G > float("-inf")), sem="relaxed", scope="gpu")
             pos = segment_stop
+    stamp(stamp_ptr, program, 1, STAMPS)
     rank = program
     target = tl.zeros([], tl.int64)
     ticket = tl.zeros([], tl.int64)
@@ -222,6 +233,7 @@ def decode_layer_kernel(
         ticket = arrive(gate_ptr)
         rank = (ticket % programs).to(tl.int32)
         target = ticket - rank + programs
+        stamp(stamp_ptr, program, 2, STAMPS)
 
     # Second stretch: those that arrived last select, the others attend for the local heads. Where half of the programs had nothing
     # to score, they began at once and do it alone: the rest would start late, and waits for the selection instead.
@@ -234,10 +246,12 @@ def decode_layer_kernel(
     if (PHASE == 0 or PHASE == 2 or PHASE == 3) and selector >= 0:
         if PHASE == 0:
             wait_until(gate_ptr, target, ticket + 1)
+            stamp(stamp_ptr, program, 3, STAMPS)
         select_jobs(
             selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr,
             forced_ptr, head_counter_ptr, ids_ptr, count_ptr, PHASE != 3, PHASE != 2, TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS,
         )  # fmt: skip
+        stamp(stamp_ptr, program, 4, STAMPS)
         if PHASE == 0:
             arrive(gate_ptr + LINE, tl.where(selector == 0, programs - selectors + 1, 1))
 
@@ -291,6 +305,7 @@ def decode_layer_kernel(
                 row_L = (rank + item) * GROUP + group_L
                 store_partial(local_acc_ptr, local_best_ptr, local_expsum_ptr, row_L, used_L, acc_LD, best_L, expsum_L, D, D_PADDED)
             pos = segment_stop
+        stamp(stamp_ptr, program, 5, STAMPS)
         if PHASE == 0:
             arrive(gate_ptr + 2 * LINE, tl.where(rank == 0, programs - workers + 1, 1))
 
@@ -313,6 +328,7 @@ def decode_layer_kernel(
             )  # fmt: skip
         if PHASE == 0:
             wait_until(gate_ptr + LINE, target, tl.zeros([], tl.int64))
+            stamp(stamp_ptr, program, 6, STAMPS)
         if program == programs - 1:
             tl.store(head_counter_ptr + 2 * job_X, tl.zeros([JOBS_PADDED], tl.int32), mask=real_X)
             tl.store(top_ptr + job_X, tl.full([JOBS_PADDED], NEVER, tl.int32), mask=real_X)
@@ -360,6 +376,7 @@ def decode_layer_kernel(
                     tl.store(out_ptrs_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
             pos = segment_stop
 
+        stamp(stamp_ptr, program, 7, STAMPS)
         # The local heads' parts were stored long ago; programs without blocks come first.
         merge = programs - 1 - program
         if PHASE == 0 and merge < batch * num_groups * GROUP:
@@ -379,3 +396,4 @@ def decode_layer_kernel(
                 )
                 out_ptrs_D = out_ptr + (tl.zeros([], tl.int64) + b) * stride_ob + (head % (num_groups * GROUP)) * stride_oh + dim_D
                 tl.store(out_ptrs_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
+    stamp(stamp_ptr, program, 8, STAMPS)
