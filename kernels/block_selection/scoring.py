@@ -6,12 +6,13 @@
 # G heads of a group (padded)  R index dim
 import triton
 import triton.language as tl
+from triton import knobs
 
 # From this release on Triton gives products of eight columns to Hopper's asynchronous unit, which reads its tile from shared memory
 # while the next ones arrive.
 HELD_TILES = int(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
 # The interpreter multiplies bf16 numbers only as fp32.
-BF16_PRODUCT = tl.constexpr(tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16)
+BF16_PRODUCT = tl.constexpr(tl.float32 if knobs.runtime.interpret else tl.bfloat16)
 
 
 @triton.jit
