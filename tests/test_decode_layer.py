@@ -6,7 +6,7 @@ import torch
 from interpreter_process import interpreting, serve
 from kernel_compiler import compile_for
 
-from rtpurbo.kernels.decode_layer import choose_impl, decode_layer, plan_decode_layer
+from rtpurbo.kernels.decode_layer import DecodeStep, choose_impl, decode_layer, plan_decode_layer
 from rtpurbo.kernels.decode_layer.fused import describe, is_faster
 from rtpurbo.kernels.division import num_processors_of
 from rtpurbo.kernels.local_attention import attend_local, ring_positions
@@ -259,13 +259,14 @@ def test_the_programs_of_one_launch_fit_hopper_together(capacity, dtype):
     )
     plan = plan_decode_layer(**(request["plan"] | {"capacity": capacity}), device="cpu").fused
     assert plan is not None
-    tensors = [request[name] for name in ("k_BSKD", "v_BSKD", "index_k_BSIR", "ring_k_BWKD", "ring_v_BWKD")]
-    index_k = tensors[2] = tensors[2].transpose(1, 2).contiguous().transpose(1, 2)
-    ids, count = torch.zeros(1, 5, index_k.shape[1], dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int32)
-    lengths = torch.tensor([1], dtype=torch.int32)
-    compiled = compile_for(
-        describe(plan, request["q_BHD"], request["index_q_BHR"], lengths, *tensors, 1.0, 1.0, 0.9, 160, 4, request["q_BHD"], ids, count, 0)
+    tensors = {name: request[name] for name in TENSORS} | {
+        "index_k_BSIR": request["index_k_BSIR"].transpose(1, 2).contiguous().transpose(1, 2)
+    }
+    step = DecodeStep(
+        **tensors, lengths_B=torch.tensor([1], dtype=torch.int32), scale=1.0, index_scale=1.0, top_p=0.9, out_BHD=request["q_BHD"]
     )
+    ids, count = torch.zeros(1, 5, step.index[1].shape[1], dtype=torch.int32), torch.zeros(1, 5, dtype=torch.int32)
+    compiled = compile_for(describe(plan, step, 160, 4, ids, count, 0))
     programs = plan.programs // num_processors_of(torch.device("cpu"))
     # A program's registers, at most 255 a thread, and its shared memory, of which the system takes 1 KiB.
     assert programs * plan.num_warps * 32 * 255 <= 1 << 16

@@ -8,8 +8,9 @@ import torch
 
 from rtpurbo.kernels.decode_layer import fused, reference
 from rtpurbo.kernels.decode_layer.plan import DecodeLayerPlan, plan_decode_layer
+from rtpurbo.kernels.decode_layer.step import DecodeStep
 
-__all__ = ["DecodeLayerPlan", "choose_impl", "decode_layer", "plan_decode_layer"]
+__all__ = ["DecodeLayerPlan", "DecodeStep", "choose_impl", "decode_layer", "plan_decode_layer"]
 
 IMPLEMENTATIONS = ("reference", "composed", "fused")
 
@@ -55,32 +56,21 @@ def decode_layer(
     Returns (out [B, H, D] in q's dtype, (ids int32 [B, H, N], count int32 [B, H]) of the selection or None).
     Raises ValueError for tensors that do not fit the plan. Source: arXiv 2605.16928 section 3; heads in one layer: ours.
     """
-    selects = plan.selects(top_p)
-    _check_queries(plan, q_BHD, index_q_BHR, lengths_B, top_p, selects)
-    _check_caches(plan, q_BHD, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD, selects)
-    if out_BHD is None:
-        out_BHD = torch.empty_like(q_BHD)
-    if out_BHD.shape != q_BHD.shape or out_BHD.stride(2) != 1:
-        raise ValueError(f"decode_layer: out {tuple(out_BHD.shape)} does not fit q {tuple(q_BHD.shape)} (last axis contiguous)")
+    step = DecodeStep(
+        q_BHD=q_BHD, index_q_BHR=index_q_BHR, lengths_B=lengths_B, k_BSKD=k_BSKD, v_BSKD=v_BSKD, index_k_BSIR=index_k_BSIR,
+        ring_k_BWKD=ring_k_BWKD, ring_v_BWKD=ring_v_BWKD, scale=scale, index_scale=index_scale, top_p=top_p,
+        out_BHD=torch.empty_like(q_BHD) if out_BHD is None else out_BHD,
+    )  # fmt: skip
+    plan.check(step)
     chosen = choose_impl(plan, q_BHD, k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD, top_p=top_p, impl=impl)
     if chosen == "fused":
         assert plan.fused is not None
-        assert index_q_BHR is not None
-        assert index_k_BSIR is not None
-        assert k_BSKD is not None
-        assert v_BSKD is not None
-        return out_BHD, fused.launch(
-            plan.fused, q_BHD, index_q_BHR, lengths_B, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD, scale, index_scale, top_p,
-            plan.window, plan.sinks, out_BHD,
-        )  # fmt: skip
+        return step.out_BHD, fused.launch(plan.fused, step, plan.window, plan.sinks)
     if chosen == "reference":
-        run = reference.decode_layer
-    else:
-        from rtpurbo.kernels.decode_layer.composed import decode_layer as run
-    selection = run(
-        q_BHD, index_q_BHR, plan, lengths_B, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD, scale, index_scale, top_p, out_BHD
-    )
-    return out_BHD, selection
+        return step.out_BHD, reference.decode_layer(plan, step)
+    from rtpurbo.kernels.decode_layer import composed
+
+    return step.out_BHD, composed.decode_layer(plan, step)
 
 
 def choose_impl(
@@ -121,48 +111,3 @@ def choose_impl(
     capability = torch.cuda.get_device_capability(q_BHD.device) if q_BHD.is_cuda else (0, 0)
     faster = fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.capacity, plan.head_dim)
     return "fused" if obstacle is None and faster else "composed"
-
-
-def _check_queries(
-    plan: DecodeLayerPlan, q_BHD: torch.Tensor, index_q_BHR: torch.Tensor | None, lengths_B: torch.Tensor, top_p: float, selects: bool
-) -> None:
-    B = q_BHD.shape[0]
-    if q_BHD.shape[1:] != (plan.num_heads, plan.head_dim) or plan.batch < B or q_BHD.stride(2) != 1:
-        raise ValueError(
-            f"decode_layer: q {tuple(q_BHD.shape)}, the plan wants {(plan.batch, plan.num_heads, plan.head_dim)} or fewer sequences "
-            "(last axis contiguous)"
-        )
-    if lengths_B.shape != (B,) or lengths_B.dtype != torch.int32 or not top_p > 0:
-        raise ValueError(
-            f"decode_layer: lengths {tuple(lengths_B.shape)} {lengths_B.dtype}, wanted int32 {(B,)}; top_p {top_p} must be > 0"
-        )
-    if selects and (index_q_BHR is None or index_q_BHR.shape[:2] != (B, len(plan.key_sets))):
-        found = None if index_q_BHR is None else tuple(index_q_BHR.shape)
-        raise ValueError(f"decode_layer: index_q {found}, wanted {len(plan.key_sets)} retrieval heads of {B} sequences")
-
-
-def _check_caches(
-    plan: DecodeLayerPlan,
-    q_BHD: torch.Tensor,
-    k_BSKD: torch.Tensor | None,
-    v_BSKD: torch.Tensor | None,
-    index_k_BSIR: torch.Tensor | None,
-    ring_k_BWKD: torch.Tensor | None,
-    ring_v_BWKD: torch.Tensor | None,
-    selects: bool,
-) -> None:
-    B, _, D = q_BHD.shape
-    slots = plan.window + plan.sinks
-    for name, tensor, groups in (
-        ("k", k_BSKD, plan.num_retained),
-        ("v", v_BSKD, plan.num_retained),
-        ("ring_k", ring_k_BWKD, plan.num_groups - plan.num_retained),
-        ("ring_v", ring_v_BWKD, plan.num_groups - plan.num_retained),
-    ):
-        if groups and (tensor is None or (tensor.shape[0], *tensor.shape[2:]) != (B, groups, D)):
-            raise ValueError(f"decode_layer: {name} {None if tensor is None else tuple(tensor.shape)}, wanted {groups} KV heads of {D}")
-        if groups and tensor is not None and name.startswith("ring") and tensor.shape[1] != slots:
-            raise ValueError(f"decode_layer: {name} has {tensor.shape[1]} slots, wanted {slots}")
-    if selects and (index_k_BSIR is None or (index_k_BSIR.shape[0], index_k_BSIR.shape[2]) != (B, max(plan.key_sets) + 1)):
-        found = None if index_k_BSIR is None else tuple(index_k_BSIR.shape)
-        raise ValueError(f"decode_layer: index_k {found}, wanted {max(plan.key_sets) + 1} key sets of {B} sequences")

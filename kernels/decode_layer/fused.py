@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rtpurbo.kernels.block_selection.plan import MAX_PARTS, MAX_TILE, NUM_BINS, check_capacity, divide_heads
+from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.division import next_power_of_2, num_processors_of, padded_width, pipeline_bytes_of, stages_that_fit
 from rtpurbo.kernels.launch import Launch
 
@@ -193,37 +194,22 @@ def _constants(
 
 
 def describe(
-    plan: FusedPlan,
-    q_BHD: torch.Tensor,
-    index_q_BHR: torch.Tensor,
-    lengths_B: torch.Tensor,
-    k_BSKD: torch.Tensor,
-    v_BSKD: torch.Tensor,
-    index_k_BSIR: torch.Tensor,
-    ring_k: torch.Tensor,
-    ring_v: torch.Tensor,
-    scale: float,
-    index_scale: float,
-    top_p: float,
-    window: int,
-    sinks: int,
-    out_BHD: torch.Tensor,
-    ids_BHN: torch.Tensor,
-    count_BH: torch.Tensor,
-    phase: int,
+    plan: FusedPlan, step: DecodeStep, window: int, sinks: int, ids_BHN: torch.Tensor, count_BH: torch.Tensor, phase: int
 ) -> Launch:
     """The launch that writes out, ids and count (phase 0), or one of its four stretches."""
     from rtpurbo.kernels.decode_layer.fused_kernel import decode_layer_kernel
 
-    B, H = q_BHD.shape[0], plan.num_heads
+    B, H, q_BHD, out_BHD = step.q_BHD.shape[0], plan.num_heads, step.q_BHD, step.out_BHD
+    (k_BSKD, v_BSKD), (index_q_BHR, index_k_BSIR) = step.cache, step.index
+    ring_k, ring_v = step.cache if step.ring_k_BWKD is None else step.ring
     arguments = (
-        q_BHD, k_BSKD, v_BSKD, ring_k, ring_v, out_BHD, index_q_BHR, index_k_BSIR, lengths_B,
+        q_BHD, k_BSKD, v_BSKD, ring_k, ring_v, out_BHD, index_q_BHR, index_k_BSIR, step.lengths_B,
         plan.key_set_H, plan.first_set_J, plan.first_head_J, plan.retrieval_K,
         plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb, plan.forced_BHP,
         plan.acc_LD, plan.best_L, plan.sum_L, plan.local_acc_LGD, plan.local_best_LG, plan.local_sum_LG,
         plan.gates, plan.head_counters, plan.gates if plan.stamps is None else plan.stamps, ids_BHN, count_BH,
         B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,
-        float(scale) * LOG2E, float(index_scale),
+        float(step.scale) * LOG2E, float(step.index_scale),
         q_BHD.stride(0), q_BHD.stride(1), k_BSKD.stride(0), k_BSKD.stride(1), k_BSKD.stride(2),
         ring_k.stride(0), ring_k.stride(1), ring_k.stride(2), out_BHD.stride(0), out_BHD.stride(1),
         index_q_BHR.stride(0), index_q_BHR.stride(1), index_k_BSIR.stride(0), index_k_BSIR.stride(1), index_k_BSIR.stride(2),
@@ -232,39 +218,19 @@ def describe(
         kernel=decode_layer_kernel,
         grid=(plan.programs,),
         arguments=arguments,
-        constants=_constants(plan, k_BSKD, index_k_BSIR, top_p, sinks, phase),
+        constants=_constants(plan, k_BSKD, index_k_BSIR, step.top_p, sinks, phase),
         num_warps=plan.num_warps,
         early_launch=plan.early_launch,
         all_at_once=phase == 0 and not plan.early_launch,
     )
 
 
-def launch(
-    plan: FusedPlan,
-    q_BHD: torch.Tensor,
-    index_q_BHR: torch.Tensor,
-    lengths_B: torch.Tensor,
-    k_BSKD: torch.Tensor,
-    v_BSKD: torch.Tensor,
-    index_k_BSIR: torch.Tensor,
-    ring_k_BWKD: torch.Tensor | None,
-    ring_v_BWKD: torch.Tensor | None,
-    scale: float,
-    index_scale: float,
-    top_p: float,
-    window: int,
-    sinks: int,
-    out_BHD: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def launch(plan: FusedPlan, step: DecodeStep, window: int, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel with the plan's workspace; writes out, returns (ids, count). On a CPU (the interpreter runs one program
     after the other) the stretches between its gates are launches of their own."""
-    B, device = q_BHD.shape[0], q_BHD.device
+    B, device = step.q_BHD.shape[0], step.q_BHD.device
     ids_BHN = torch.empty(B, plan.num_heads, plan.capacity_blocks, dtype=torch.int32, device=device)
     count_BH = torch.empty(B, plan.num_heads, dtype=torch.int32, device=device)
-    ring_k, ring_v = (k_BSKD, v_BSKD) if ring_k_BWKD is None or ring_v_BWKD is None else (ring_k_BWKD, ring_v_BWKD)
-    for phase in (0,) if q_BHD.is_cuda else (1, 2, 3, 4):
-        describe(
-            plan, q_BHD, index_q_BHR, lengths_B, k_BSKD, v_BSKD, index_k_BSIR, ring_k, ring_v, scale, index_scale, top_p, window, sinks,
-            out_BHD, ids_BHN, count_BH, phase,
-        ).run()  # fmt: skip
+    for phase in (0,) if step.q_BHD.is_cuda else (1, 2, 3, 4):
+        describe(plan, step, window, sinks, ids_BHN, count_BH, phase).run()
     return ids_BHN, count_BH

@@ -1,6 +1,6 @@
 """Work division and scratch memory of one layer's decode: made once for a layer shape, used by every step."""
 
-# B batch  H query heads
+# B batch  H query heads  D head dim
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ import torch
 
 from rtpurbo.kernels.block_selection import SelectionPlan, plan_selection
 from rtpurbo.kernels.decode_layer.fused import FusedPlan, plan_fused
+from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.sparse_attention import AttendPlan, plan_attention
 
 # Of a ring all blocks are known beforehand: small steps leave room beside the selection (benchmarks/decode.md).
@@ -61,6 +62,46 @@ class DecodeLayerPlan:
     def selects(self, top_p: float) -> bool:
         """Whether the retrieval heads attend to a selection, not to everything."""
         return bool(self.retrieval_counts) and not self.dense and top_p < 1
+
+    def check(self, step: DecodeStep) -> None:
+        """ValueError for a step whose tensors do not fit."""
+        B, D = step.q_BHD.shape[0], self.head_dim
+        if step.q_BHD.shape[1:] != (self.num_heads, D) or self.batch < B or step.q_BHD.stride(2) != 1:
+            raise ValueError(
+                f"decode_layer: q {tuple(step.q_BHD.shape)}, the plan wants {(self.batch, self.num_heads, D)} or fewer sequences "
+                "(last axis contiguous)"
+            )
+        if step.lengths_B.shape != (B,) or step.lengths_B.dtype != torch.int32 or not step.top_p > 0:
+            raise ValueError(
+                f"decode_layer: lengths {tuple(step.lengths_B.shape)} {step.lengths_B.dtype}, wanted int32 {(B,)}; top_p {step.top_p} must "
+                "be > 0"
+            )
+        if step.out_BHD.shape != step.q_BHD.shape or step.out_BHD.stride(2) != 1:
+            raise ValueError(
+                f"decode_layer: out {tuple(step.out_BHD.shape)} does not fit q {tuple(step.q_BHD.shape)} (last axis contiguous)"
+            )
+        groups, slots = self.num_groups - self.num_retained, self.window + self.sinks
+        _check_keys("k", step.k_BSKD, B, self.num_retained, D)
+        _check_keys("v", step.v_BSKD, B, self.num_retained, D)
+        _check_keys("ring_k", step.ring_k_BWKD, B, groups, D, slots)
+        _check_keys("ring_v", step.ring_v_BWKD, B, groups, D, slots)
+        if self.selects(step.top_p):
+            heads, sets = len(self.key_sets), max(self.key_sets) + 1
+            if step.index_q_BHR is None or step.index_q_BHR.shape[:2] != (B, heads):
+                raise ValueError(f"decode_layer: index_q {_shape(step.index_q_BHR)}, wanted {heads} retrieval heads of {B} sequences")
+            if step.index_k_BSIR is None or (step.index_k_BSIR.shape[0], step.index_k_BSIR.shape[2]) != (B, sets):
+                raise ValueError(f"decode_layer: index_k {_shape(step.index_k_BSIR)}, wanted {sets} key sets of {B} sequences")
+
+
+def _check_keys(name: str, tensor: torch.Tensor | None, B: int, groups: int, D: int, slots: int | None = None) -> None:
+    if groups and (tensor is None or (tensor.shape[0], *tensor.shape[2:]) != (B, groups, D)):
+        raise ValueError(f"decode_layer: {name} {_shape(tensor)}, wanted {groups} KV heads of {D}")
+    if groups and tensor is not None and slots is not None and tensor.shape[1] != slots:
+        raise ValueError(f"decode_layer: {name} has {tensor.shape[1]} slots, wanted {slots}")
+
+
+def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def plan_decode_layer(

@@ -7,35 +7,18 @@ import torch
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import mask_to_ids, select_blocks
 from rtpurbo.kernels.decode_layer.plan import DecodeLayerPlan
+from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.local_attention.reference import masked_attention
 
 
-def decode_layer(
-    q_BHD: torch.Tensor,
-    index_q_BHR: torch.Tensor | None,
-    plan: DecodeLayerPlan,
-    lengths_B: torch.Tensor,
-    k_BSKD: torch.Tensor | None,
-    v_BSKD: torch.Tensor | None,
-    index_k_BSIR: torch.Tensor | None,
-    ring_k_BWKD: torch.Tensor | None,
-    ring_v_BWKD: torch.Tensor | None,
-    scale: float,
-    index_scale: float,
-    top_p: float,
-    out_BHD: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def decode_layer(plan: DecodeLayerPlan, step: DecodeStep) -> tuple[torch.Tensor, torch.Tensor] | None:
     """See `kernels.decode_layer.decode_layer`; writes out, returns the selection."""
+    q_BHD, out_BHD, scale = step.q_BHD, step.out_BHD, step.scale
     retained = plan.num_retained * plan.group_size
-    length_B1 = lengths_B.long()[:, None]
-    selected_BHN = None
-    if plan.selects(top_p):
-        assert index_q_BHR is not None
-        assert index_k_BSIR is not None
-        selected_BHN = _selection(plan, index_q_BHR, index_k_BSIR, lengths_B, index_scale, top_p)
+    length_B1 = step.lengths_B.long()[:, None]
+    selected_BHN = _selection(plan, step) if plan.selects(step.top_p) else None
     if plan.num_retained:
-        assert k_BSKD is not None
-        assert v_BSKD is not None
+        k_BSKD, v_BSKD = step.cache
         position_S = torch.arange(k_BSKD.shape[1], device=q_BHD.device)
         stored_BS = position_S < length_B1
         near_BS = stored_BS & ((position_S >= length_B1 - plan.window) | (position_S < plan.sinks))
@@ -44,8 +27,7 @@ def decode_layer(
             visible_BHS[:, head] = stored_BS if selected_BHN is None else stored_BS & selected_BHN[:, row, position_S // plan.block_size]
         out_BHD[:, :retained] = _attend(q_BHD[:, :retained], k_BSKD, v_BSKD, stored_BS, visible_BHS, scale, plan.group_size)
     if plan.num_retained < plan.num_groups:
-        assert ring_k_BWKD is not None
-        assert ring_v_BWKD is not None
+        ring_k_BWKD, ring_v_BWKD = step.ring
         filled_BW = torch.arange(ring_k_BWKD.shape[1], device=q_BHD.device) < length_B1
         out_BHD[:, retained:] = _attend(
             q_BHD[:, retained:], ring_k_BWKD, ring_v_BWKD, filled_BW, filled_BW[:, None], scale, plan.group_size
@@ -53,14 +35,13 @@ def decode_layer(
     return None if selected_BHN is None else mask_to_ids(selected_BHN)
 
 
-def _selection(
-    plan: DecodeLayerPlan, index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor, lengths_B: torch.Tensor, scale: float, top_p: float
-) -> torch.Tensor:
+def _selection(plan: DecodeLayerPlan, step: DecodeStep) -> torch.Tensor:
+    index_q_BHR, index_k_BSIR = step.index
     max_BHTN, sum_BHTN = block_scores(
         index_q_BHR[:, None], index_k_BSIR, key_set_H=torch.tensor(plan.key_sets, device=index_q_BHR.device),
-        visible_BT=lengths_B[:, None], scale=scale, block_size=plan.block_size,
+        visible_BT=step.lengths_B[:, None], scale=step.index_scale, block_size=plan.block_size,
     )  # fmt: skip
-    return select_blocks(max_BHTN, sum_BHTN, top_p=top_p, sinks=plan.sinks, block_size=plan.block_size)[:, :, 0]
+    return select_blocks(max_BHTN, sum_BHTN, top_p=step.top_p, sinks=plan.sinks, block_size=plan.block_size)[:, :, 0]
 
 
 def _attend(

@@ -12,7 +12,7 @@ from rtpurbo.kernels.append import kernel as append_kernel
 from rtpurbo.kernels.block_selection import kernel as selection_kernel
 from rtpurbo.kernels.block_selection import plan_selection
 from rtpurbo.kernels.cache_write import kernel as write_kernel
-from rtpurbo.kernels.decode_layer import fused
+from rtpurbo.kernels.decode_layer import DecodeStep, fused
 from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
@@ -361,11 +361,12 @@ def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: T
             ids = torch.empty((qkv.shape[0], J, blocks), dtype=torch.int32, device=qkv.device)
             chosen = (ids, torch.empty((qkv.shape[0], J), dtype=torch.int32, device=qkv.device))
             if plan.fused is not None and qkv.dtype != torch.float32:
-                ring = (k_cache, v_cache) if ring_k is None or ring_v is None else (ring_k, ring_v)
-                scales = attributes["scale"], attributes["index_scale"], attributes["top_p_ppb"] / 1e9
-                launch = fused.describe(
-                    plan.fused, q[:, 0], index_q[:, 0], visible, k_cache, v_cache, index_cache, *ring, *scales, *mask, out[:, 0], *chosen, 0
-                )
+                step = DecodeStep(
+                    q_BHD=q[:, 0], index_q_BHR=index_q[:, 0], lengths_B=visible, k_BSKD=k_cache, v_BSKD=v_cache, index_k_BSIR=index_cache,
+                    ring_k_BWKD=ring_k, ring_v_BWKD=ring_v, scale=attributes["scale"], index_scale=attributes["index_scale"],
+                    top_p=attributes["top_p_ppb"] / 1e9, out_BHD=out[:, 0],
+                )  # fmt: skip
+                launch = fused.describe(plan.fused, step, *mask, *chosen, 0)
                 site.run(launch)
                 return
             _select(attributes, plan.selection, index_q, index_cache, visible, attributes["index_scale"], *chosen, site)
