@@ -144,14 +144,14 @@ def layer_inputs(layout: str, tokens: int, num: int, *, batch: int = 1, capacity
     return inputs
 
 
-def layer_plan(layout: str, tokens: int, *, batch: int = 1, capacity: int = 0, dense: bool = False, **fused: Any):
+def layer_plan(layout: str, tokens: int, *, batch: int = 1, capacity: int = 0, dense: bool = False, read_once: bool = False, **fused: Any):
     """A plan of `decode_layer`; options of the one-launch form as measured variants."""
     facts = LAYOUTS[layout]
     shape: dict[str, Any] = {
         "group_size": 8, "num_groups": 4, "retrieval_counts": facts["counts"], "key_sets": facts["key_set"], "batch": batch,
         "capacity": max(tokens, capacity), "head_dim": D, "block_size": BLOCK, "device": torch.device("cuda"),
     }  # fmt: skip
-    plan = plan_decode_layer(**shape, window=WINDOW, sinks=SINKS, dense=dense)
+    plan = plan_decode_layer(**shape, window=WINDOW, sinks=SINKS, dense=dense, read_once=read_once)
     return replace(plan, fused=plan_fused(**shape, **fused)) if fused else plan
 
 
@@ -271,6 +271,8 @@ def section_sweep():
         for share in (0.005, 0.01, 0.03, 0.1, 0.25):
             rows.append(time_selected("A", tokens, share))
             rows += [time_decode("A", tokens, impl=impl, share=share) for impl in ("fused", "composed")]
+            rows += [time_decode(layout, tokens, impl="composed", share=share, read_once=True) for layout in ("A", "C")]
+            rows.append(time_decode("C", tokens, impl="composed", share=share))
     return rows
 
 

@@ -273,6 +273,14 @@ def test_the_programs_of_one_launch_fit_hopper_together(capacity, dtype):
     assert programs * (compiled.metadata.shared + 1024) <= 228 << 10
 
 
+@pytest.mark.parametrize("layer", ["groups of 8, one retained", "groups of 8, all heads of one", "groups of 4, differing counts"])
+@pytest.mark.parametrize("lengths", [[64 * 17 + 5], [64 * 16, 0, 700]], ids=["one", "batch"])
+def test_blocks_read_once_for_a_group_equal_fp64(run, layer, lengths):
+    request = layer_request(**LAYERS[layer], lengths=lengths, impl="composed")
+    request["plan"]["read_once"] = True
+    assert_equals_fp64(run, request)
+
+
 @pytest.mark.parametrize("index_dim", [4, 24])
 @pytest.mark.parametrize("impl", ["composed", "fused"])
 def test_narrow_index_keys_decode_as_in_fp64(run, impl, index_dim):

@@ -123,10 +123,10 @@ def test_block_scores_equal_the_maximum_and_sum_of_each_block(keys: int, key_set
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_block_scores_read_index_keys_in_their_stored_dtype(dtype: torch.dtype) -> None:
-    q, k = random(1, 1, 2, 4), random(1, 20, 2, 4, seed=1).to(dtype)
-    for stored in (k, k.float()):
-        most, _ = block_scores(q, stored, key_set_H=torch.tensor([1, 0]), visible_BT=torch.tensor([[20]]), scale=1.0, block_size=8)
+def test_block_scores_read_index_keys_in_their_stored_dtype_and_round_queries_to_bfloat16_with_them(dtype: torch.dtype) -> None:
+    given, k = random(1, 1, 2, 4), random(1, 20, 2, 4, seed=1).to(dtype)
+    for stored, q in ((k, given.to(torch.bfloat16).float()), (k.float(), given)):
+        most, _ = block_scores(given, stored, key_set_H=torch.tensor([1, 0]), visible_BT=torch.tensor([[20]]), scale=1.0, block_size=8)
         wanted = (k[0, :, [1, 0]].float() * q[0]).sum(-1).T
         assert (most[0, :, 0] - torch.stack([wanted[:, i : i + 8].amax(1) for i in (0, 8, 16)], 1)).abs().max() < 1e-5
 

@@ -9,9 +9,9 @@ import torch
 from rtpurbo.kernels.block_scores import block_scores
 from rtpurbo.kernels.block_selection import reference
 from rtpurbo.kernels.block_selection.plan import SelectionPlan, plan_selection
-from rtpurbo.kernels.block_selection.reference import mask_to_ids
+from rtpurbo.kernels.block_selection.reference import mask_to_ids, mask_to_words, words_to_mask
 
-__all__ = ["SelectionPlan", "mask_to_ids", "plan_selection", "score_and_select", "select_blocks"]
+__all__ = ["SelectionPlan", "mask_to_ids", "mask_to_words", "plan_selection", "score_and_select", "select_blocks", "words_to_mask"]
 
 
 def select_blocks(
@@ -77,7 +77,8 @@ def score_and_select(
         sinks: tokens whose block(s) are forced, like the newest two blocks.
         impl: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
 
-    Returns ids int32 [B, H, N], ascending, and count int32 [B, H]; places at or beyond the count are unspecified.
+    Returns ids int32 [B, H, N], ascending, and count int32 [B, H]; places at or beyond the count are unspecified. A plan with
+    masks holds the same sets as bits afterwards, up to the word of a sequence's last block.
     Raises ValueError for inputs that do not fit the plan. Source: arXiv 2605.16928 section 3.4; parts, plans: ours.
     """
     B, H, R = index_q_BHR.shape
@@ -109,4 +110,7 @@ def score_and_select(
         block_size=plan.block_size,
     )  # fmt: skip
     mask_BHTN = select_blocks(max_BHTN, sum_BHTN, top_p=top_p, sinks=sinks, block_size=plan.block_size)
+    if plan.mask_BHW is not None:
+        words_BHW = mask_to_words(mask_BHTN[:, :, 0])
+        plan.mask_BHW[:B, :, : words_BHW.shape[2]] = words_BHW
     return mask_to_ids(mask_BHTN[:, :, 0])

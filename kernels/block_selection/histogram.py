@@ -73,8 +73,18 @@ def masses_below(bin_n, limbs_n2, first, second, third, fourth):
 
 
 @triton.jit
-def select_whole(max_ptr, sum_ptr, ids_ptr, blocks, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr):
-    """Select among blocks that fit one tile, in registers; returns the count.
+def store_mask(mask_ptr, selected_n, start, blocks, TILE: tl.constexpr):
+    """One bit a block, 32 to a word, of a tile that starts at a multiple of 32."""
+    bit_n = selected_n.to(tl.int32) << (tl.arange(0, TILE) % 32)
+    word_w = tl.arange(0, TILE // 32)
+    tl.store(mask_ptr + start // 32 + word_w, tl.sum(tl.reshape(bit_n, [TILE // 32, 32]), axis=1), mask=start + word_w * 32 < blocks)
+
+
+@triton.jit
+def select_whole(
+    max_ptr, sum_ptr, ids_ptr, mask_ptr, blocks, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr, MASKS: tl.constexpr
+):  # fmt: skip
+    """Select among blocks that fit one tile, in registers; returns the count. With MASKS one bit a block as well.
 
     The last bin taken is the largest n with forced mass + mass of the bins below n < needed: found two bits at a time from
     masked sums, the same bin as a scan of the histogram gives.
@@ -102,6 +112,8 @@ def select_whole(max_ptr, sum_ptr, ids_ptr, blocks, TOP_P: tl.constexpr, SINK_BL
         selected_n = valid_n & (bin_n <= tl.where(forced < needed, last, -1))
     place_n = tl.cumsum(selected_n.to(tl.int32), axis=0)
     tl.store(ids_ptr + place_n - 1, block_n, mask=selected_n)
+    if MASKS:
+        store_mask(mask_ptr, selected_n, 0, blocks, TILE)
     return tl.sum(selected_n.to(tl.int32))
 
 
@@ -150,8 +162,10 @@ def bins_and_offset(histogram_ptr, forced_ptr, part, parts, PARTS: tl.constexpr,
 
 
 @triton.jit
-def write_ids(max_ptr, ids_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr):
-    """Write the part's selected ids, ascending, from `offset` on; returns where they end."""
+def write_ids(
+    max_ptr, ids_ptr, mask_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr, MASKS: tl.constexpr
+):  # fmt: skip
+    """Write the part's selected ids, ascending, from `offset` on; returns where they end. With MASKS one bit a block as well."""
     for start in range(lo, hi, TILE):
         block_n = start + tl.arange(0, TILE)
         valid_n = block_n < hi
@@ -160,5 +174,7 @@ def write_ids(max_ptr, ids_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS: 
         selected_n = valid_n & (is_forced(block_n, blocks, SINK_BLOCKS) | (block_bin(max_n, top) < bins))
         place_n = offset + tl.cumsum(selected_n.to(tl.int32), axis=0) - 1
         tl.store(ids_ptr + place_n, block_n, mask=selected_n)
+        if MASKS:
+            store_mask(mask_ptr, selected_n, start, hi, TILE)
         offset += tl.sum(selected_n.to(tl.int32))
     return offset

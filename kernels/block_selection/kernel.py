@@ -34,6 +34,7 @@ def score_and_select_kernel(
     counter_ptr,  # int32 [B, J, 2 + G], zero between launches
     ids_ptr,  # int32 [B, H, N]
     count_ptr,  # int32 [B, H]
+    mask_ptr,  # int32 [B, H, N / 32], with MASKS
     stride_qb,
     stride_qh,
     stride_kb,
@@ -42,6 +43,7 @@ def score_and_select_kernel(
     scale,
     num_heads,
     capacity,
+    mask_words,
     max_selectors,
     TOP_P: tl.constexpr,
     SINK_BLOCKS: tl.constexpr,
@@ -58,6 +60,7 @@ def score_and_select_kernel(
     PARTS: tl.constexpr,
     SELECT_TILE: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
+    MASKS: tl.constexpr,
     EARLY_LAUNCH: tl.constexpr,
 ):
     group = tl.program_id(0)
@@ -113,7 +116,10 @@ def score_and_select_kernel(
         for slot in range(selector, jobs, selectors):
             row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
             start = row * capacity
-            count = select_whole(max_ptr + start, sum_ptr + start, ids_ptr + start, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE)
+            count = select_whole(
+                max_ptr + start, sum_ptr + start, ids_ptr + start, mask_ptr + row * mask_words, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE,
+                MASKS,
+            )  # fmt: skip
             tl.store(count_ptr + row, count)
     else:
         chunk_c = tl.arange(0, MAX_CHUNKS)
@@ -136,8 +142,8 @@ def score_and_select_kernel(
             wait_until(counter_ptr + 2 + slot, parts, tl.zeros([], tl.int32))
             bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
             end = write_ids(
-                max_ptr + row * capacity, ids_ptr + row * capacity, offset, tl.max(top_c), bins,
-                part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS,
+                max_ptr + row * capacity, ids_ptr + row * capacity, mask_ptr + row * mask_words, offset, tl.max(top_c), bins,
+                part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS, MASKS,
             )  # fmt: skip
             if part == parts - 1:
                 tl.store(count_ptr + row, end)
@@ -161,7 +167,9 @@ def describe(
         arguments=(
             index_q_BHR, index_k_BSIR, lengths_B, plan.heads_JG, plan.set_slot_JG, plan.first_set_J, plan.block_max_BHN, plan.block_sum_BHN,
             plan.chunk_max_BHC, plan.histogram_BHPb, plan.forced_BHP, plan.counters, ids_BHN, count_BH,
-            *index_q_BHR.stride()[:2], *index_k_BSIR.stride()[:3], float(scale), H, plan.capacity_blocks, plan.max_selectors,
+            plan.counters if plan.mask_BHW is None else plan.mask_BHW,
+            *index_q_BHR.stride()[:2], *index_k_BSIR.stride()[:3], float(scale), H, plan.capacity_blocks,
+            0 if plan.mask_BHW is None else plan.mask_BHW.shape[2], plan.max_selectors,
         ),
         constants={
             "TOP_P": float(top_p),
@@ -179,6 +187,7 @@ def describe(
             "PARTS": MAX_PARTS,
             "SELECT_TILE": plan.select_tile,
             "PART_BLOCKS": plan.part_blocks,
+            "MASKS": plan.mask_BHW is not None,
             "EARLY_LAUNCH": plan.early_launch,
         },
         num_warps=plan.num_warps,

@@ -47,6 +47,7 @@ class SelectionPlan:
     histogram_BHPb: torch.Tensor
     forced_BHP: torch.Tensor
     counters: torch.Tensor
+    mask_BHW: torch.Tensor | None
 
 
 def group_sets(key_set_H: Sequence[int], num_sets: int, sets_a_group: int) -> list[int]:
@@ -96,6 +97,7 @@ def plan_selection(
     num_warps: int = 8,
     early_launch: bool = False,
     pipeline_bytes: int | None = None,
+    masks: bool = False,
 ) -> SelectionPlan:
     """Divide the work of `score_and_select` and allocate its scratch memory.
 
@@ -108,6 +110,7 @@ def plan_selection(
         sets_a_group, tile_blocks, select_tile, part_blocks, programs_per_processor, stages, num_warps: work division, benchmarks/decode.md.
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
         pipeline_bytes: shared memory for keys on their way, of a program; what the device has.
+        masks: `score_and_select` fills `plan.mask_BHW` too, int32 [B, H, N / 32]: one bit a block, for `attend_grouped`.
 
     Raises ValueError for a set without reader or out of range, and beyond 2^21 tokens.
     """
@@ -117,6 +120,8 @@ def plan_selection(
     if sorted(set(key_set_H)) != list(range(num_sets)):
         raise ValueError(f"plan_selection: key_set {list(key_set_H)} must name every set of 0 ... {num_sets - 1}")
     check_capacity("plan_selection", capacity, block_size, select_tile)
+    if masks and min(select_tile, part_blocks) < 32:
+        raise ValueError(f"plan_selection: masks need tiles and parts of 32 blocks or more, found {select_tile} and {part_blocks}")
     num_processors = num_processors_of(device)
     H = len(key_set_H)
     heads_JG, set_slot_JG, first_J = divide_heads(key_set_H, num_sets, sets_a_group)
@@ -156,5 +161,6 @@ def plan_selection(
         set_slot_JG=set_slot_JG.to(device=device, dtype=torch.int32),
         first_set_J=torch.tensor(first_J, dtype=torch.int32, device=device),
         counters=torch.zeros(batch, len(first_J) - 1, 2 + heads_JG.shape[1], dtype=torch.int32, device=device),
+        mask_BHW=torch.zeros(batch, H, -(-N // 32), dtype=torch.int32, device=device) if masks else None,
         **{name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in shape.items()},
     )

@@ -77,3 +77,15 @@ def mask_to_ids(mask_BHN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     block_N = torch.arange(blocks, device=mask_BHN.device)
     ids = torch.where(mask_BHN, block_N, blocks).sort(dim=-1).values
     return torch.where(ids < blocks, ids, -1).int(), mask_BHN.sum(dim=-1).int()
+
+
+def mask_to_words(mask_BHN: torch.Tensor) -> torch.Tensor:
+    """One bit a block: int32 [B, H, ceil(N / 32)], block n in bit n mod 32 of word n // 32."""
+    bits_BHWy = torch.nn.functional.pad(mask_BHN, (0, -mask_BHN.shape[-1] % 32)).unflatten(-1, (-1, 32)).long()
+    words_BHW = (bits_BHWy << torch.arange(32, device=mask_BHN.device)).sum(-1)
+    return torch.where(words_BHW >= 1 << 31, words_BHW - (1 << 32), words_BHW).int()
+
+
+def words_to_mask(words_BHW: torch.Tensor, blocks: int) -> torch.Tensor:
+    """The bool [B, H, N] of `mask_to_words`."""
+    return ((words_BHW[..., None] >> torch.arange(32, device=words_BHW.device)) & 1).flatten(-2)[..., :blocks].bool()

@@ -86,8 +86,8 @@ def choose_impl(
 ) -> str:
     """The implementation that `decode_layer` runs: a named one, or ValueError with what is in its way.
 
-    "auto" picks "reference" on the CPU; on a GPU "fused" (one launch) where the retrieval heads select, the tensors allow it and
-    `fused.is_faster` says so, else "composed".
+    "auto" picks "reference" on the CPU; on a GPU "fused" (one launch) where the retrieval heads select, the tensors allow it, the plan
+    does not ask for blocks read once and `fused.is_faster` says so, else "composed".
     """
     if impl == "reference" or (impl == "auto" and not q_BHD.is_cuda):
         return "reference"
@@ -109,5 +109,5 @@ def choose_impl(
     if impl == "fused":
         return impl
     capability = torch.cuda.get_device_capability(q_BHD.device) if q_BHD.is_cuda else (0, 0)
-    faster = fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.capacity, plan.head_dim)
+    faster = plan.grouped is None and fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.capacity, plan.head_dim)
     return "fused" if obstacle is None and faster else "composed"

@@ -9,7 +9,7 @@ from rtpurbo.kernels.block_selection import score_and_select
 from rtpurbo.kernels.decode_layer.plan import DecodeLayerPlan
 from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.local_attention.decode_kernel import attend_slots, attend_window
-from rtpurbo.kernels.sparse_attention import attend_selected
+from rtpurbo.kernels.sparse_attention import attend_grouped, attend_selected
 
 
 def decode_layer(plan: DecodeLayerPlan, step: DecodeStep) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -45,7 +45,11 @@ def decode_layer(plan: DecodeLayerPlan, step: DecodeStep) -> tuple[torch.Tensor,
     # The side stream joins before this function returns: its tensors live at least as long.
     with torch.cuda.stream(plan.side_stream if beside else None):
         local_heads()
-    attend_selected(q_BHD, *step.cache, plan=plan.selected, ids_BJN=ids_BHN, count_BJ=count_BH, **common)
+    if plan.grouped is not None:
+        assert plan.selection.mask_BHW is not None
+        attend_grouped(q_BHD, *step.cache, plan=plan.grouped, mask_BHW=plan.selection.mask_BHW[: q_BHD.shape[0]], **common)
+    else:
+        attend_selected(q_BHD, *step.cache, plan=plan.selected, ids_BJN=ids_BHN, count_BJ=count_BH, **common)
     if main is not None and plan.side_stream is not None and beside:
         main.wait_stream(plan.side_stream)
     return ids_BHN, count_BH

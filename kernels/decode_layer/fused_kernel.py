@@ -64,7 +64,9 @@ def select_jobs(
         for row in range(selector, whole, selectors):
             blocks = at(blocks_B, batch_B, row // num_heads)
             start = (tl.zeros([], tl.int64) + row) * capacity
-            count = select_whole(max_ptr + start, sum_ptr + start, ids_ptr + start, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE)
+            count = select_whole(
+                max_ptr + start, sum_ptr + start, ids_ptr + start, ids_ptr, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE, False
+            )  # fmt: skip
             tl.store(count_ptr + row, count)
         for job in range(selector, parted, selectors):
             row = job // max_parts
@@ -93,8 +95,8 @@ def select_jobs(
                 wait_until(head_counter_ptr + 2 * row, parts, tl.zeros([], tl.int32))
                 bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
                 end = write_ids(
-                    max_ptr + start, ids_ptr + start, offset, top, bins, lo, tl.minimum(lo + part_blocks, blocks), blocks,
-                    SINK_BLOCKS, PART_BLOCKS,
+                    max_ptr + start, ids_ptr + start, ids_ptr, offset, top, bins, lo, tl.minimum(lo + part_blocks, blocks), blocks,
+                    SINK_BLOCKS, PART_BLOCKS, False,
                 )  # fmt: skip
                 if part == parts - 1:
                     tl.store(count_ptr + row, end)
@@ -296,8 +298,8 @@ def decode_layer_kernel(
                 stride = stride_ks + tl.zeros([], tl.int32)
                 shift = at(length_B, batch_B, b) - filled
             best_L, expsum_L, acc_LD = attend_span(
-                q_LD, k_base, v_base, ids_ptr, (pos - start) * UNIT, tl.minimum((segment_stop - start) * UNIT, filled), filled,
-                sinks, shift, stride, stride, scale_log2, False, True, BLOCK, LOCAL_STEP, D, GROUP_PADDED, D_PADDED, LOCAL_STAGES,
+                q_LD, k_base, v_base, ids_ptr, ids_ptr, (pos - start) * UNIT, tl.minimum((segment_stop - start) * UNIT, filled), filled,
+                sinks, shift, stride, stride, scale_log2, False, False, True, BLOCK, LOCAL_STEP, D, GROUP_PADDED, D_PADDED, LOCAL_STAGES,
             )  # fmt: skip
             if segment_stop - pos == units:
                 store_normalised(out_ptr + b * stride_ob, stride_oh, head_L, used_L, acc_LD, expsum_L, D, D_PADDED)
@@ -356,9 +358,9 @@ def decode_layer_kernel(
                 )  # fmt: skip
             offset = b * stride_kb + group.to(tl.int64) * stride_kh
             best_x, expsum_x, acc_xD = attend_span(
-                q_xD, k_ptr + offset, v_ptr + offset, ids_ptr + job.to(tl.int64) * capacity,
+                q_xD, k_ptr + offset, v_ptr + offset, ids_ptr + job.to(tl.int64) * capacity, ids_ptr,
                 (pos - start) * UNIT, (segment_stop - start) * UNIT, at(length_B, batch_B, b), 0, 0, stride_ks, stride_ks, scale_log2,
-                True, False, BLOCK, STEP, D, 16, D_PADDED, STAGES,
+                True, False, False, BLOCK, STEP, D, 16, D_PADDED, STAGES,
             )  # fmt: skip
             if segment_stop - pos == units:
                 out_x = head + tl.zeros([16], tl.int32)

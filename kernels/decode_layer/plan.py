@@ -3,6 +3,7 @@
 # B batch  H query heads  D head dim
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,8 +21,8 @@ class DecodeLayerPlan:
     """Static facts and scratch memory of `decode_layer`; calls that share one must not overlap in time.
 
     Parts that the layer does not have are None: selection and selected (its retrieval heads, one job each), everything (all
-    heads of a KV group that read the whole cache), window (local heads of retained groups), ring (local groups);
-    fused (the same in one launch).
+    heads of a KV group that read the whole cache), window (local heads of retained groups), ring (local groups); grouped (instead
+    of selected: the retrieval heads of a KV group as one job); fused (the same in one launch).
     """
 
     group_size: int
@@ -37,6 +38,7 @@ class DecodeLayerPlan:
     dense: bool
     selection: SelectionPlan | None
     selected: AttendPlan | None
+    grouped: AttendPlan | None
     everything: AttendPlan | None
     local_window: AttendPlan | None
     ring: AttendPlan | None
@@ -118,6 +120,7 @@ def plan_decode_layer(
     block_size: int,
     device: torch.device | str,
     dense: bool = False,
+    read_once: bool = False,
 ) -> DecodeLayerPlan:
     """Divide the work of `decode_layer` and allocate its scratch memory.
 
@@ -128,6 +131,7 @@ def plan_decode_layer(
         batch, capacity: largest batch and tokens of a sequence.
         head_dim, window, sinks, block_size: D; visible keys of local heads; tokens a block.
         dense: all groups are retained and every head reads everything (counts and key sets are not used).
+        read_once: let the separate launches read a block that several heads of a KV group selected once (`attend_grouped`).
 
     Raises ValueError for counts that do not fit the groups.
     """
@@ -139,16 +143,14 @@ def plan_decode_layer(
             f"plan_decode_layer: retrieval_counts {list(counts)} and {len(sets)} key sets do not fit {num_groups} groups of {group_size}"
         )
 
-    def attention(
-        first_H: Sequence[int], stop_H: Sequence[int], kv_J: Sequence[int], *, step_blocks: int = 2, stages: int = 3
-    ) -> AttendPlan | None:
+    def attention(first_H: Sequence[int], stop_H: Sequence[int], kv_J: Sequence[int], **options: int) -> AttendPlan | None:
         jobs = [range(first, stop) for first, stop in zip(first_H, stop_H, strict=True)]
         kept = [job for job, heads in enumerate(jobs) if heads]
         if not kept:
             return None
         return plan_attention(
             [tuple(jobs[job]) for job in kept], [kv_J[job] for job in kept], batch=batch, head_dim=head_dim, device=device,
-            block_size=block_size, step_blocks=step_blocks, stages=stages,
+            block_size=block_size, **options,
         )  # fmt: skip
 
     retained, local = range(len(counts)), range(len(counts), num_groups)
@@ -160,8 +162,10 @@ def plan_decode_layer(
         group_size=group_size, num_groups=num_groups, retrieval_counts=counts, key_sets=sets, batch=batch, capacity=capacity,
         head_dim=head_dim, window=window, sinks=sinks, block_size=block_size, dense=dense,
         selection=plan_selection(
-            sets, num_sets=max(sets) + 1, batch=batch, capacity=capacity, device=device, block_size=block_size
+            sets, num_sets=max(sets) + 1, batch=batch, capacity=capacity, device=device, block_size=block_size, masks=read_once
         ) if sets else None,
+        grouped=attention(start_K[: len(counts)], split_K, retained, union_blocks=max(1, -(-capacity // block_size)))
+        if sets and read_once else None,
         selected=attention(heads, [head + 1 for head in heads], [head // group_size for head in heads]) if sets else None,
         everything=attention(start_K[: len(counts)], split_K, retained),
         local_window=attention(split_K, start_K[1 : len(counts) + 1], retained, **ring_options),

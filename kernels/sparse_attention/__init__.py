@@ -1,17 +1,27 @@
 """attend_blocks: full-dimension attention of retrieval heads over the blocks that the indexer selected.
 
-attend_selected: the decode form, one query token over lists of block ids.
+attend_selected: the decode form, one query token over lists of block ids; attend_grouped: the heads of a KV group together, which read
+a block that several of them selected once.
 """
 
 # B batch  T query tokens  S cached tokens  H retrieval query heads  K kv heads  D head dim  N blocks
 # J jobs (here: retrieval heads)
 import torch
 
+from rtpurbo.kernels.block_selection.reference import words_to_mask
 from rtpurbo.kernels.sparse_attention import reference
 from rtpurbo.kernels.sparse_attention.plan import AttendPlan, plan_attention
 from rtpurbo.kernels.sparse_attention.prefill import attend_prefill, choose_prefill_impl
 
-__all__ = ["AttendPlan", "attend_blocks", "attend_prefill", "attend_selected", "choose_prefill_impl", "plan_attention"]
+__all__ = [
+    "AttendPlan",
+    "attend_blocks",
+    "attend_grouped",
+    "attend_prefill",
+    "attend_selected",
+    "choose_prefill_impl",
+    "plan_attention",
+]
 
 
 def attend_blocks(
@@ -99,21 +109,80 @@ def attend_selected(
             raise ValueError("attend_selected: ids and count must be contiguous int32")
         kernel.describe(plan, q_BHD, k_BSKD, v_BSKD, lengths_B, ids_BJN, count_BJ, scale, out_BHD, lse_BH).run()
         return out_BHD, lse_BH
-    head_J = torch.tensor([job[0] for job in plan.head_J], device=q_BHD.device)
     N = -(-k_BSKD.shape[1] // plan.block_size)
     listed_BJN = torch.arange(ids_BJN.shape[2], device=q_BHD.device) < count_BJ[..., None]
     # Unused places may hold anything: they go to a column of their own.
     place_BJN = torch.where(listed_BJN, ids_BJN, N).long()
     selected_BJN = torch.zeros(*ids_BJN.shape[:2], N + 1, dtype=torch.bool, device=q_BHD.device)
     selected_BJN = selected_BJN.scatter(2, place_BJN, True)[..., :N]
-    out_BTJD, lse_BJT = attend_blocks(
-        q_BHD[:, None].index_select(2, head_J), k_BSKD, v_BSKD,
-        kv_head_H=torch.tensor(plan.kv_J, device=q_BHD.device), visible_BT=lengths_B[:, None],
-        selected_BHTN=selected_BJN[:, :, None], scale=scale, block_size=plan.block_size,
-    )  # fmt: skip
-    out_BHD[:, head_J] = out_BTJD[:, 0]
-    lse_BH[:, head_J] = lse_BJT[..., 0]
+    _attend_eagerly(q_BHD, k_BSKD, v_BSKD, plan, lengths_B, selected_BJN, scale, out_BHD, lse_BH)
     return out_BHD, lse_BH
+
+
+def attend_grouped(
+    q_BHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    *,
+    plan: AttendPlan,
+    lengths_B: torch.Tensor,
+    mask_BHW: torch.Tensor,
+    scale: float,
+    out_BHD: torch.Tensor | None = None,
+    lse_BH: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_selected` for heads that share a KV head: each block that any head of a job selected is read once.
+
+    Every head still attends to its own set: a block counts for the heads whose bit is set. Blocks read: the union of a job's
+    sets, at most those of the cache, where `attend_selected` reads their sum.
+
+    Args:
+        q_BHD, k_BSKD, v_BSKD, lengths_B, scale, out_BHD, lse_BH, impl: as in `attend_selected`.
+        plan: from `plan_attention` with the heads of a KV group as one job (at most 16), and union_blocks.
+        mask_BHW: int32, one bit a block (`SelectionPlan.mask_BHW`), rows in the order of the plan's heads; bits at or beyond the
+            block that holds the newest token are not read.
+
+    Returns and raises as `attend_selected`. Source: arXiv 2605.16928 section 3.4; the union: ours.
+    """
+    H = sum(len(job) for job in plan.head_J)
+    if plan.list_BJN is None or plan.list_BJN.shape[2] * plan.block_size < k_BSKD.shape[1]:
+        raise ValueError(f"attend_grouped: the plan's union_blocks do not hold {k_BSKD.shape[1]} tokens in blocks of {plan.block_size}")
+    if mask_BHW.shape[:2] != (q_BHD.shape[0], H) or mask_BHW.shape[2] * 32 * plan.block_size < k_BSKD.shape[1]:
+        raise ValueError(f"attend_grouped: mask {tuple(mask_BHW.shape)}, the plan has {H} heads and the cache {k_BSKD.shape[1]} tokens")
+    out_BHD, lse_BH = check_decode_inputs("attend_grouped", q_BHD, k_BSKD, v_BSKD, plan, lengths_B, out_BHD, lse_BH, impl)
+    if impl == "triton" or (impl == "auto" and q_BHD.is_cuda):
+        from rtpurbo.kernels.sparse_attention import kernel
+
+        if not mask_BHW.is_contiguous() or mask_BHW.dtype != torch.int32:
+            raise ValueError("attend_grouped: the mask must be contiguous int32")
+        kernel.describe(plan, q_BHD, k_BSKD, v_BSKD, lengths_B, None, None, scale, out_BHD, lse_BH, mask_BHW=mask_BHW).run()
+        return out_BHD, lse_BH
+    selected_BHN = words_to_mask(mask_BHW, -(-k_BSKD.shape[1] // plan.block_size))
+    _attend_eagerly(q_BHD, k_BSKD, v_BSKD, plan, lengths_B, selected_BHN, scale, out_BHD, lse_BH)
+    return out_BHD, lse_BH
+
+
+def _attend_eagerly(
+    q_BHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    plan: AttendPlan,
+    lengths_B: torch.Tensor,
+    selected_BHN: torch.Tensor,
+    scale: float,
+    out_BHD: torch.Tensor,
+    lse_BH: torch.Tensor,
+) -> None:
+    """`attend_blocks` for the plan's heads, in its order, written into out and lse."""
+    head_H = torch.tensor([head for job in plan.head_J for head in job], device=q_BHD.device)
+    kv_H = torch.tensor([kv for job, kv in zip(plan.head_J, plan.kv_J, strict=True) for _ in job], device=q_BHD.device)
+    out_BTHD, lse_BHT = attend_blocks(
+        q_BHD[:, None].index_select(2, head_H), k_BSKD, v_BSKD, kv_head_H=kv_H, visible_BT=lengths_B[:, None],
+        selected_BHTN=selected_BHN[:, :, None], scale=scale, block_size=plan.block_size,
+    )  # fmt: skip
+    out_BHD[:, head_H] = out_BTHD[:, 0]
+    lse_BH[:, head_H] = lse_BHT[..., 0]
 
 
 def check_decode_inputs(

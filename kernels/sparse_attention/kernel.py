@@ -13,6 +13,7 @@ from triton.language.extra import cuda
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
 from rtpurbo.kernels.division import padded_width, stages_that_fit
 from rtpurbo.kernels.launch import Launch
+from rtpurbo.kernels.sparse_attention.union import counts_of_union, list_union
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
@@ -26,6 +27,7 @@ def attend_span(
     k_base,
     v_base,
     ids_ptr,
+    listed_heads_ptr,
     first,
     end,
     tokens,
@@ -35,6 +37,7 @@ def attend_span(
     stride_vs,
     scale_log2,
     HAS_IDS: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
     SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
@@ -45,8 +48,9 @@ def attend_span(
 ):
     """Online softmax (base 2) of the job's heads over places first ... end - 1 of its list of keys, STEP at a time.
 
-    HAS_IDS: place x is key x mod BLOCK of the block ids[x // BLOCK]; keys at or beyond `tokens` are not stored yet. Else place x
-    is slot x; SHIFTED: slots from `sinks` on lie `shift` rows further (a window read from a cache by position).
+    HAS_IDS: place x is key x mod BLOCK of the block ids[x // BLOCK]; keys at or beyond `tokens` are not stored yet. HAS_HEADS: only
+    the heads whose bit is set in listed_heads[x // BLOCK] see the block. Without ids place x is slot x; SHIFTED: slots from `sinks` on
+    lie `shift` rows further (a window read from a cache by position).
     """
     best_G = tl.full([G], float("-inf"), tl.float32)
     sum_G = tl.zeros([G], tl.float32)
@@ -56,6 +60,10 @@ def attend_span(
     for start in tl.range(first, end, STEP, num_stages=STAGES):
         token_s = start + row_s
         stored_s = token_s < end
+        seen_Gs = tl.full([G, STEP], True, tl.int1)
+        if HAS_HEADS:
+            heads_s = tl.load(listed_heads_ptr + token_s // BLOCK, mask=stored_s, other=0, cache_modifier=".cg")
+            seen_Gs = ((heads_s[None, :] >> tl.arange(0, G)[:, None]) & 1) != 0
         if HAS_IDS:
             block_s = tl.load(ids_ptr + token_s // BLOCK, mask=stored_s, other=0, cache_modifier=".cg")
             token_s = block_s * BLOCK + token_s % BLOCK
@@ -68,7 +76,7 @@ def attend_span(
         k_sD = tl.load(k_base + offset_s * stride_ks + dim_D[None, :], mask=mask_sD, other=0.0)
         v_sD = tl.load(v_base + offset_s * stride_vs + dim_D[None, :], mask=mask_sD, other=0.0)
         logits_Gs = tl.dot(q_GD, tl.trans(k_sD), input_precision="ieee") * scale_log2
-        logits_Gs = tl.where(stored_s[None, :], logits_Gs, float("-inf"))
+        logits_Gs = tl.where(seen_Gs & stored_s[None, :], logits_Gs, float("-inf"))
         new_best_G = tl.maximum(best_G, tl.max(logits_Gs, axis=1))
         # The first keys of a span may all be missing: exponentials must not see inf - inf.
         safe_best_G = tl.where(new_best_G == float("-inf"), 0.0, new_best_G)
@@ -95,8 +103,10 @@ def merge_head(acc_ptr, best_ptr, sum_ptr, chunks, stride_chunk, D: tl.constexpr
         best_c = tl.load(best_ptr + chunk_c * stride_chunk, mask=used_c, other=float("-inf"), cache_modifier=".cg")
         sum_c = tl.load(sum_ptr + chunk_c * stride_chunk, mask=used_c, other=0.0, cache_modifier=".cg")
         new_best = tl.maximum(best, tl.max(best_c))
-        weight_c = tl.exp2(best_c - new_best)
-        decay = tl.exp2(best - new_best)
+        # Parts may hold no key of this head.
+        safe_best = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weight_c = tl.exp2(best_c - safe_best)
+        decay = tl.exp2(best - safe_best)
         total = total * decay + tl.sum(sum_c * weight_c)
         out_D = out_D * decay + tl.sum(acc_cD * weight_c[:, None], axis=0)
         best = new_best
@@ -110,8 +120,11 @@ def attend_decode_kernel(
     v_ptr,
     out_ptr,  # [B, H, D], contiguous rows
     lse_ptr,  # fp32 [B, H]
-    ids_ptr,  # int32 [B, J, N], without ids: unused
+    ids_ptr,  # int32 [B, J, N], with UNION filled here; without ids: unused
     count_ptr,  # int32 [B, J], without ids: unused
+    mask_ptr,  # int32 [B, heads of all jobs, N / 32], with UNION
+    row_ptr,  # int32 [J, G], the row of the mask of each head, with UNION
+    listed_heads_ptr,  # int32 [B, J, N], with UNION filled here
     lengths_ptr,  # int32 [B]
     heads_ptr,  # int32 [J, G], -1 where a job has fewer heads
     kv_head_ptr,  # int32 [J]
@@ -133,11 +146,14 @@ def attend_decode_kernel(
     num_jobs,
     slots,
     capacity,
+    num_masks,
+    mask_words,
     target_programs,
     sinks,
     scale_log2,
     max_mergers,
     HAS_IDS: tl.constexpr,
+    UNION: tl.constexpr,
     BY_POSITION: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
@@ -146,6 +162,7 @@ def attend_decode_kernel(
     G: tl.constexpr,
     G_PADDED: tl.constexpr,
     J_PADDED: tl.constexpr,
+    W_PADDED: tl.constexpr,
     MERGE_TILE: tl.constexpr,
     STAGES: tl.constexpr,
     EARLY_LAUNCH: tl.constexpr,
@@ -164,9 +181,21 @@ def attend_decode_kernel(
         cuda.gdc_wait()
     length = tl.load(lengths_ptr + batch)
     tokens = tl.minimum(length, slots)
-    keys_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0) * BLOCK if HAS_IDS else tl.where(real_J, tokens, 0)
     # Equal chunks over all jobs of the sequence: a head with many blocks gets many programs.
-    chunk_keys = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(keys_J), target_programs), UNIT), 1) * UNIT
+    if UNION:
+        words = tl.cdiv(tl.cdiv(length, BLOCK), 32)
+        slot_H = tl.arange(0, G)
+        keys_J = tl.zeros([J_PADDED], tl.int32)
+        for j in range(num_jobs):
+            row_H = tl.load(row_ptr + j * G + slot_H)
+            used_H = tl.load(heads_ptr + j * G + slot_H) >= 0
+            mask_base = mask_ptr + batch * num_masks * mask_words
+            count = tl.sum(counts_of_union(mask_base, row_H, used_H, mask_words, words, W_PADDED))
+            keys_J = tl.where(job_J == j, count * BLOCK, keys_J)
+        chunk_keys = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(keys_J), target_programs), BLOCK), 1) * BLOCK
+    else:
+        keys_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0) * BLOCK if HAS_IDS else tl.where(real_J, tokens, 0)
+        chunk_keys = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(keys_J), target_programs), UNIT), 1) * UNIT
     chunks_J = tl.where(real_J, tl.maximum(tl.cdiv(keys_J, chunk_keys), 1), 0)
     ends_J = tl.cumsum(chunks_J, axis=0)
     job = tl.sum((real_J & (ends_J <= program)).to(tl.int32))
@@ -186,9 +215,19 @@ def attend_decode_kernel(
     k_base = k_ptr + batch * stride_kb + kv_head * stride_kh
     v_base = v_ptr + batch * stride_vb + kv_head * stride_vh
     ids_ptr += (batch * num_jobs + job) * capacity
+    listed_heads_ptr += (batch * num_jobs + job) * capacity
+    if UNION:
+        slot_H = tl.arange(0, G)
+        row_H = tl.load(row_ptr + job * G + slot_H)
+        used_H = tl.load(heads_ptr + job * G + slot_H) >= 0
+        list_union(
+            mask_ptr + batch * num_masks * mask_words, ids_ptr, listed_heads_ptr, row_H, used_H, mask_words,
+            tl.cdiv(tl.cdiv(length, BLOCK), 32), first // BLOCK, end // BLOCK, W_PADDED, G,
+        )  # fmt: skip
+        tl.debug_barrier()
     best_G, sum_G, acc_GD = attend_span(
-        q_GD, k_base, v_base, ids_ptr, first, end, tokens, sinks, length - tokens, stride_ks, stride_vs, scale_log2,
-        HAS_IDS, BY_POSITION, BLOCK, STEP, D, G_PADDED, D_PADDED, STAGES,
+        q_GD, k_base, v_base, ids_ptr, listed_heads_ptr, first, end, tokens, sinks, length - tokens, stride_ks, stride_vs, scale_log2,
+        HAS_IDS, UNION, BY_POSITION, BLOCK, STEP, D, G_PADDED, D_PADDED, STAGES,
     )  # fmt: skip
 
     out_ptr += batch * stride_ob
@@ -236,27 +275,35 @@ def describe(
     lse_BH: torch.Tensor,
     window: int | None = None,
     sinks: int = 0,
+    mask_BHW: torch.Tensor | None = None,
 ) -> Launch:
     """The launch that writes out and lse of the plan's heads, with an `AttendPlan`'s workspace.
 
-    With a window the keys are those of the sinks and of the newest `window` positions of a cache by position.
+    With a window the keys are those of the sinks and of the newest `window` positions of a cache by position. With a mask (bits of
+    a `SelectionPlan`) a job reads the blocks that any of its heads selected once, and ids and count are not given.
     """
     B, H, D = q_BHD.shape
     J, G = plan.heads_JG.shape
     D_padded = padded_width(D)
+    if mask_BHW is not None:
+        ids_BJN = plan.list_BJN
+    unused = plan.counters
     return Launch(
         kernel=attend_decode_kernel,
         grid=(plan.programs + J, B),
         arguments=(
             q_BHD, k_BSKD, v_BSKD, out_BHD, lse_BH,
-            ids_BJN if ids_BJN is not None else plan.counters, count_BJ if count_BJ is not None else plan.counters,
-            lengths_B, plan.heads_JG, plan.kv_head_J, plan.acc_BLGD, plan.best_BLG, plan.sum_BLG, plan.counters,
+            unused if ids_BJN is None else ids_BJN, unused if count_BJ is None else count_BJ, unused if mask_BHW is None else mask_BHW,
+            plan.row_JG, unused if mask_BHW is None else plan.heads_BJN, lengths_B, plan.heads_JG, plan.kv_head_J,
+            plan.acc_BLGD, plan.best_BLG, plan.sum_BLG, plan.counters,
             *q_BHD.stride()[:2], *k_BSKD.stride()[:3], *v_BSKD.stride()[:3], *out_BHD.stride()[:2],
-            H, J, k_BSKD.shape[1] if window is None else sinks + window, 0 if ids_BJN is None else ids_BJN.shape[2], plan.programs, sinks,
+            H, J, k_BSKD.shape[1] if window is None else sinks + window, 0 if ids_BJN is None else ids_BJN.shape[2],
+            *((0, 0) if mask_BHW is None else mask_BHW.shape[1:]), plan.programs, sinks,
             float(scale) * LOG2E, plan.max_mergers,
         ),
         constants={
             "HAS_IDS": ids_BJN is not None,
+            "UNION": mask_BHW is not None,
             "BY_POSITION": window is not None,
             "BLOCK": plan.block_size,
             "STEP": plan.step_blocks * plan.block_size,
@@ -266,6 +313,7 @@ def describe(
             # A matrix product has at least 16 rows.
             "G_PADDED": max(16, G),
             "J_PADDED": triton.next_power_of_2(J),
+            "W_PADDED": 1 if mask_BHW is None else triton.next_power_of_2(mask_BHW.shape[2]),
             "MERGE_TILE": plan.merge_tile,
             "STAGES": stages_that_fit(
                 plan.stages, 2 * plan.step_blocks * plan.block_size * D_padded * k_BSKD.element_size(), plan.pipeline_bytes

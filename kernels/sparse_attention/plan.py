@@ -33,6 +33,9 @@ class AttendPlan:
     best_BLG: torch.Tensor
     sum_BLG: torch.Tensor
     counters: torch.Tensor
+    row_JG: torch.Tensor
+    list_BJN: torch.Tensor | None
+    heads_BJN: torch.Tensor | None
 
 
 def plan_attention(
@@ -50,6 +53,7 @@ def plan_attention(
     step_blocks: int = 2,
     early_launch: bool = False,
     pipeline_bytes: int | None = None,
+    union_blocks: int = 0,
 ) -> AttendPlan:
     """Divide the work of `attend_selected` (one head a job) or `attend_slots` (the heads of a KV group a job).
 
@@ -61,6 +65,7 @@ def plan_attention(
         block_size, programs_per_processor, merge_tile, stages, num_warps, step_blocks: work division, see benchmarks/decode.md.
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
         pipeline_bytes: shared memory for keys and values on their way, of a program; what the device has.
+        union_blocks: blocks that a cache has at most, for `attend_grouped`; 0: the plan is not for it.
 
     Raises ValueError for jobs that are empty, share a head or lack a KV head.
     """
@@ -72,6 +77,8 @@ def plan_attention(
     local_JG = group_heads([job_of[head] for head in heads], len(head_J))
     heads_JG = torch.where(local_JG >= 0, torch.tensor(heads)[local_JG.clamp(min=0)], -1)
     J, G = heads_JG.shape
+    if union_blocks and G > 16:
+        raise ValueError(f"plan_attention: a union of the blocks of {G} heads, wanted at most 16")
     # Wide heads: fewer keys a step, or registers spill.
     step_blocks = step_blocks if head_dim <= 128 else 1
     num_processors = num_processors_of(device)
@@ -96,4 +103,7 @@ def plan_attention(
         best_BLG=torch.empty(batch, slots, G, dtype=torch.float32, device=device),
         sum_BLG=torch.empty(batch, slots, G, dtype=torch.float32, device=device),
         counters=torch.zeros(batch, J, 2, dtype=torch.int32, device=device),
+        row_JG=local_JG.clamp(min=0).to(device=device, dtype=torch.int32),
+        list_BJN=torch.empty(batch, J, union_blocks, dtype=torch.int32, device=device) if union_blocks else None,
+        heads_BJN=torch.empty(batch, J, union_blocks, dtype=torch.int32, device=device) if union_blocks else None,
     )
