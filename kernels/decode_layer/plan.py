@@ -143,7 +143,7 @@ def plan_decode_layer(
             f"plan_decode_layer: retrieval_counts {list(counts)} and {len(sets)} key sets do not fit {num_groups} groups of {group_size}"
         )
 
-    def attention(first_H: Sequence[int], stop_H: Sequence[int], kv_J: Sequence[int], **options: int) -> AttendPlan | None:
+    def attention(first_H: Sequence[int], stop_H: Sequence[int], kv_J: Sequence[int], **options: Any) -> AttendPlan | None:
         jobs = [range(first, stop) for first, stop in zip(first_H, stop_H, strict=True)]
         kept = [job for job, heads in enumerate(jobs) if heads]
         if not kept:
