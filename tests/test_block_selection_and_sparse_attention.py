@@ -150,6 +150,21 @@ def test_the_fused_selection_equals_the_reference_on_peaked_keys(run, key_set, l
         assert ((kept >= 0.05) & (kept <= 0.5)).all(), kept
 
 
+def test_sums_of_a_full_tile_of_equal_blocks_fit_their_limbs(run):
+    """2048 blocks of 64 and 1024 of 128 keys that all have the largest score: the largest sum that a tile can hold."""
+    for block, blocks in ((64, 2048), (128, 1024)):
+        tokens = block * blocks
+        request = select_request(torch.zeros(1, 1, 4), torch.zeros(1, tokens, 1, 4), (0,), [tokens], block_size=block)
+        maximum, total = torch.zeros(1, 1, blocks), torch.full((1, 1, blocks), float(block))
+        wanted = select_blocks(maximum[:, :, None], total[:, :, None], top_p=0.9, sinks=4, block_size=block)[:, :, 0]
+        assert torch.equal(masks_of(run("select", request), blocks), wanted)
+
+
+def test_tiles_whose_sums_could_overflow_are_refused():
+    with pytest.raises(ValueError, match="tiles of 1024"):
+        plan_selection((0,), num_sets=1, batch=1, capacity=1 << 18, device="cpu", block_size=128, select_tile=2048)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
 def test_with_narrow_keys_queries_count_as_bf16(run, dtype):
     """Two keys that tie for the rounded query, and are 8 nats apart for the given one."""

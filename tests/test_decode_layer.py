@@ -7,7 +7,7 @@ from interpreter_process import interpreting, serve
 from kernel_compiler import compile_for
 
 from rtpurbo.kernels.decode_layer import DecodeStep, choose_impl, decode_layer, plan_decode_layer
-from rtpurbo.kernels.decode_layer.fused import describe, is_faster
+from rtpurbo.kernels.decode_layer.fused import describe, is_faster, plan_fused
 from rtpurbo.kernels.division import num_processors_of
 from rtpurbo.kernels.local_attention import attend_local, ring_positions
 from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
@@ -40,7 +40,28 @@ def run_layer(request, device="cpu"):
     return {"results": results}
 
 
-OPERATIONS = {"layer": run_layer}
+def run_scores(request, device="cpu"):
+    """Block maxima of the one launch's first stretch alone."""
+    index_q, index_k = (request[name].to(device) for name in ("index_q", "index_k"))
+    plan = plan_fused(
+        group_size=8, num_groups=3, retrieval_counts=(8, 8, 8), key_sets=request["key_sets"], batch=1, capacity=index_k.shape[1],
+        head_dim=16, block_size=16, device=torch.device(device), tile_blocks=4,
+    )  # fmt: skip
+    q, cache = torch.zeros(1, 24, 16, device=device), torch.zeros(1, 16, 3, 16, device=device)
+    step = DecodeStep(
+        q_BHD=q, index_q_BHR=index_q, lengths_B=torch.tensor([index_k.shape[1]], dtype=torch.int32, device=device), k_BSKD=cache,
+        v_BSKD=cache, index_k_BSIR=index_k, ring_k_BWKD=None, ring_v_BWKD=None, scale=1.0, index_scale=1.0, top_p=0.9, out_BHD=q,
+    )  # fmt: skip
+    ids, count = (
+        torch.zeros(1, 24, plan.capacity_blocks, dtype=torch.int32, device=device),
+        torch.zeros(1, 24, dtype=torch.int32, device=device),
+    )
+    plan.block_max_BHN.fill_(float("nan"))
+    describe(plan, step, 160, 4, ids, count, 1).run()
+    return plan.block_max_BHN.cpu()
+
+
+OPERATIONS = {"layer": run_layer, "scores": run_scores}
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +266,7 @@ def test_the_definition_runs_on_the_cpu():
         ({"batch": 8}, False),
         ({"batch": 8, "capacity": 1 << 15}, True),
         ({"batch": 64, "capacity": 1 << 15}, False),
+        ({"batch": 64, "capacity": 1 << 12}, False),
     ],
 )
 def test_one_launch_is_chosen_only_where_it_was_measured_faster(change, faster):
@@ -271,6 +293,16 @@ def test_the_programs_of_one_launch_fit_hopper_together(capacity, dtype):
     # A program's registers, at most 255 a thread, and its shared memory, of which the system takes 1 KiB.
     assert programs * plan.num_warps * 32 * 255 <= 1 << 16
     assert programs * (compiled.metadata.shared + 1024) <= 228 << 10
+
+
+def test_three_groups_of_key_sets_score_as_many_tiles_as_a_million_tokens_have(run):
+    """2048 tiles: more than a table padded to four groups may be multiplied with in 32 bits by a careless bound."""
+    generator = torch.Generator().manual_seed(0)
+    key_sets, tokens = sorted([0, 1, 2] * 8), 2048 * 64
+    q, k = torch.randn(1, 24, 4, generator=generator), torch.randn(1, tokens, 3, 4, generator=generator)
+    maximum = run("scores", {"index_q": q, "index_k": k, "key_sets": key_sets})
+    wanted = torch.einsum("bhr,bshr->bhs", q, k[:, :, key_sets]).unflatten(-1, (-1, 16)).amax(-1)
+    torch.testing.assert_close(maximum, wanted)
 
 
 @pytest.mark.parametrize("layer", ["groups of 8, one retained", "groups of 8, all heads of one", "groups of 4, differing counts"])

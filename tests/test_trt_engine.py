@@ -60,7 +60,8 @@ def test_an_engine_folder_says_what_it_was_built_from(built):
     plan = (engine / PLAN_NAME).read_bytes()
     counts = {name: plan.count(f"rtpurbo::{name}{{".encode()) for name in ENGINE_NODES}
     assert all(counts.values()), counts
-    CubinTable(engine / "cubins", 86)
+    # Launches on a later GPU are described as for the one that the cubins were compiled for.
+    assert CubinTable(engine / "cubins", 86).capability == 80
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
@@ -122,6 +123,12 @@ def test_missing_and_changed_cubins_and_other_gpus_are_refused(copied):
     cubins = copied / "cubins"
     with pytest.raises(ValueError, match=r"no cubin for compute capability 90, only for \[80\]"):
         CubinTable(cubins, 90)
+    index = json.loads((cubins / INDEX_NAME).read_text())
+    large = [entry | {"shared_bytes": 120 << 10} for entry in index["cubins"]]
+    (cubins / INDEX_NAME).write_text(json.dumps(index | {"cubins": large}))
+    with pytest.raises(ValueError, match="capability 86 has 101376; build the engine with --capability 86"):
+        CubinTable(cubins, 86)
+    (cubins / INDEX_NAME).write_text(json.dumps(index))
     one = next(cubins.glob("*.cubin"))
     one.write_bytes(one.read_bytes() + b"x")
     with pytest.raises(ValueError, match="wanted"):

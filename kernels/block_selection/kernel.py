@@ -13,8 +13,8 @@ from triton.language.extra import cuda
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
 from rtpurbo.kernels.block_selection.histogram import BINS, bins_and_offset, parts_of, select_whole, sum_part, write_ids
 from rtpurbo.kernels.block_selection.plan import MAX_CHUNKS, MAX_PARTS
-from rtpurbo.kernels.block_selection.scoring import HELD_TILES, score_chunk
-from rtpurbo.kernels.division import padded_width, stages_that_fit
+from rtpurbo.kernels.block_selection.scoring import score_chunk, score_stages
+from rtpurbo.kernels.division import padded_width
 from rtpurbo.kernels.launch import Launch
 
 
@@ -183,7 +183,7 @@ def describe(
             "MAX_CHUNKS": MAX_CHUNKS,
             "TILE_BLOCKS": plan.tile_blocks,
             "WARPS": plan.num_warps,
-            "STAGES": stages_that_fit(plan.stages, tile_bytes, plan.pipeline_bytes, held_steps=HELD_TILES),
+            "STAGES": score_stages(plan.stages, tile_bytes, plan.pipeline_bytes, plan.held_tiles),
             "PARTS": MAX_PARTS,
             "SELECT_TILE": plan.select_tile,
             "PART_BLOCKS": plan.part_blocks,

@@ -12,8 +12,8 @@ from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, 
 
 NUM_BINS = 256
 MAX_PARTS = 16
-# Exact sums hold so many blocks: 19-bit limbs of one tile in 32 bits; a part's count in 13 bits.
-MAX_TILE, MAX_PART = 2048, 4096
+# Exact sums hold so many blocks: 19-bit limbs of one tile in 32 bits (each key of a block adds up to 2^32); a part's count in 13 bits.
+MAX_TILE, MAX_TILE_KEYS, MAX_PART = 2048, 1 << 17, 4096
 MAX_CHUNKS = 1024
 MIN_COLUMNS = 8
 MAX_TOKENS = 1 << 21
@@ -35,6 +35,7 @@ class SelectionPlan:
     part_blocks: int
     stages: int
     pipeline_bytes: int
+    held_tiles: int | None
     num_warps: int
     early_launch: bool
     sets_in_group: int
@@ -71,12 +72,18 @@ def divide_heads(key_set_H: Sequence[int], num_sets: int, sets_a_group: int) -> 
     return heads_JG, torch.where(heads_JG >= 0, set_H[heads_JG.clamp(min=0)], -1), first_J
 
 
+def largest_tile(blocks: int, block_size: int) -> int:
+    """Blocks of a tile in which a whole head of that many blocks is selected, if it fits."""
+    return max(256, min(MAX_TILE, MAX_TILE_KEYS // block_size, next_power_of_2(blocks)))
+
+
 def check_capacity(name: str, capacity: int, block_size: int, select_tile: int) -> None:
     """ValueError where the fixed-point sums of the selection could overflow."""
-    if capacity > MAX_TOKENS or capacity > MAX_PARTS * MAX_PART * block_size or select_tile > MAX_TILE or block_size > 128:
+    tile = min(MAX_TILE, MAX_TILE_KEYS // block_size)
+    if capacity > MAX_TOKENS or capacity > MAX_PARTS * MAX_PART * block_size or select_tile > tile or block_size > 128:
         raise ValueError(
             f"{name}: capacity {capacity} tokens in blocks of {block_size}, tiles of {select_tile}; the fixed-point sums hold "
-            f"{MAX_TOKENS} tokens, {MAX_PARTS * MAX_PART} blocks of up to 128, tiles of {MAX_TILE}"
+            f"{MAX_TOKENS} tokens, {MAX_PARTS * MAX_PART} blocks of up to 128, tiles of {tile}"
         )
 
 
@@ -98,6 +105,7 @@ def plan_selection(
     early_launch: bool = False,
     pipeline_bytes: int | None = None,
     masks: bool = False,
+    held_tiles: int | None = None,
 ) -> SelectionPlan:
     """Divide the work of `score_and_select` and allocate its scratch memory.
 
@@ -110,13 +118,14 @@ def plan_selection(
         sets_a_group, tile_blocks, select_tile, part_blocks, programs_per_processor, stages, num_warps: work division, benchmarks/decode.md.
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
         pipeline_bytes: shared memory for keys on their way, of a program; what the device has.
+        held_tiles: tiles of keys in shared memory beside those on their way; what the installed Triton needs.
         masks: `score_and_select` fills `plan.mask_BHW` too, int32 [B, H, N / 32]: one bit a block, for `attend_grouped`.
 
     Raises ValueError for a set without reader or out of range, and beyond 2^21 tokens.
     """
     device = torch.device(device)
     N = max(1, -(-capacity // block_size))
-    select_tile = select_tile or max(256, min(MAX_TILE, next_power_of_2(N)))
+    select_tile = select_tile or largest_tile(N, block_size)
     if sorted(set(key_set_H)) != list(range(num_sets)):
         raise ValueError(f"plan_selection: key_set {list(key_set_H)} must name every set of 0 ... {num_sets - 1}")
     check_capacity("plan_selection", capacity, block_size, select_tile)
@@ -154,6 +163,7 @@ def plan_selection(
         part_blocks=min(part_blocks, select_tile),
         stages=stages,
         pipeline_bytes=pipeline_bytes,
+        held_tiles=held_tiles,
         num_warps=num_warps,
         early_launch=early_launch,
         sets_in_group=sets_in_group,

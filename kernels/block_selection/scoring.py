@@ -8,11 +8,19 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-# From this release on Triton gives products of eight columns to Hopper's asynchronous unit, which reads its tile from shared memory
-# while the next ones arrive.
+from rtpurbo.kernels.division import stages_that_fit
+
+# From release 3.7 on Triton gives products of eight columns to Hopper's asynchronous unit, which reads its tile from shared memory
+# while the next ones arrive. Engines, whose kernels any release may have compiled, always leave room for it.
 HELD_TILES = int(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
+MOST_HELD_TILES = 1
 # The interpreter multiplies bf16 numbers only as fp32.
 BF16_PRODUCT = tl.constexpr(tl.float32 if knobs.runtime.interpret else tl.bfloat16)
+
+
+def score_stages(wanted: int, tile_bytes: int, pipeline_bytes: int, held_tiles: int | None) -> int:
+    """Stages of the scoring loop that fit into shared memory; held_tiles None: as the installed Triton needs."""
+    return stages_that_fit(wanted, tile_bytes, pipeline_bytes, held_steps=HELD_TILES if held_tiles is None else held_tiles)
 
 
 @triton.jit

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.block_selection.plan import MAX_PARTS, MAX_TILE, NUM_BINS, check_capacity, divide_heads
+from rtpurbo.kernels.block_selection.plan import MAX_PARTS, NUM_BINS, check_capacity, divide_heads, largest_tile
 from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.division import next_power_of_2, num_processors_of, padded_width, pipeline_bytes_of, stages_that_fit
 from rtpurbo.kernels.launch import Launch
 
 TILE_BYTES, SCRATCH_BYTES = 40 << 10, 8 << 10
 MAX_TILE_BLOCKS = 8
-# Batches of so many tokens in all gain from one launch.
-FEW_TOKENS = 1 << 18
+# Largest batch, in sequences and in tokens of all of them, for which one launch was faster.
+FEW_SEQUENCES, FEW_TOKENS = 8, 1 << 18
 NEVER = -(1 << 31)
 # What a program has done when it stamps the time.
 STAMP_NAMES = ("started", "scored", "arrived", "all arrived", "ids written", "local heads done", "ids there", "attended", "ended")
@@ -36,6 +36,7 @@ class FusedPlan:
     num_heads: int
     programs: int
     pipeline_bytes: int
+    held_tiles: int | None
     num_warps: int
     tile_blocks: int
     score_stages: int
@@ -93,13 +94,14 @@ def plan_fused(
     merge_tile: int = 32,
     early_launch: bool = False,
     pipeline_bytes: int | None = None,
+    held_tiles: int | None = None,
     stamps: bool = False,
 ) -> FusedPlan:
     """Divide the work and allocate scratch memory; key_sets must ascend (the order of `runtime/layout.py`).
 
     stamps: let every program note in `plan.stamps` [programs, 16] when (ns) it came to each of STAMP_NAMES; 0: it did not.
     """
-    select_tile = select_tile or max(256, min(MAX_TILE, next_power_of_2(-(-capacity // block_size))))
+    select_tile = select_tile or largest_tile(-(-capacity // block_size), block_size)
     H, num_sets, N = len(key_sets), max(key_sets) + 1, max(1, -(-capacity // block_size))
     heads_JG, _, first_J = divide_heads(key_sets, num_sets, 6)
     J = len(first_J) - 1
@@ -122,7 +124,7 @@ def plan_fused(
     return FusedPlan(
         batch=batch, capacity_blocks=N, block_size=block_size, group_size=group_size, num_groups=num_groups,
         num_retained=len(retrieval_counts), num_sets=num_sets, num_heads=H, programs=programs,
-        pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor, num_warps=num_warps,
+        pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor, held_tiles=held_tiles, num_warps=num_warps,
         tile_blocks=tile_blocks, score_stages=score_stages, sets_in_group=sets_in_group, columns=heads_JG.shape[1],
         select_tile=select_tile, part_blocks=min(part_blocks, select_tile), step=step, stages=stages,
         local_step=local_step, local_stages=local_stages, merge_tile=merge_tile, early_launch=early_launch,
@@ -145,7 +147,7 @@ def plan_fused(
 
 def is_faster(capability: tuple[int, int], dtype: torch.dtype, batch: int, capacity: int, head_dim: int) -> bool:
     """Whether one launch was measured faster than the separate ones (benchmarks/decode.md: H200, bf16; one sequence, or 8 of 32K)."""
-    small = batch == 1 or batch * capacity <= FEW_TOKENS
+    small = batch == 1 or (batch <= FEW_SEQUENCES and batch * capacity <= FEW_TOKENS)
     return capability == (9, 0) and dtype in (torch.bfloat16, torch.float16) and small and head_dim <= 128
 
 
@@ -169,7 +171,7 @@ def _constants(
     plan: FusedPlan, k_BSKD: torch.Tensor, index_k_BSIR: torch.Tensor, top_p: float, sinks: int, phase: int
 ) -> dict[str, object]:  # fmt: skip
     """The kernel's constexpr parameters; stages by the size of the elements."""
-    from rtpurbo.kernels.block_selection.scoring import HELD_TILES
+    from rtpurbo.kernels.block_selection.scoring import score_stages
 
     H, D, R = plan.num_heads, k_BSKD.shape[3], index_k_BSIR.shape[3]
     R_padded = padded_width(R)
@@ -182,7 +184,7 @@ def _constants(
         "J": plan.first_set_J.shape[0] - 1, "J_PADDED": next_power_of_2(plan.first_set_J.shape[0] - 1),
         "JOBS_PADDED": next_power_of_2(plan.batch * H), "G": plan.columns, "R": R, "R_PADDED": R_padded, "SETS": plan.sets_in_group,
         "TILE_BLOCKS": plan.tile_blocks,
-        "SCORE_STAGES": stages_that_fit(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES, held_steps=HELD_TILES),
+        "SCORE_STAGES": score_stages(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES, plan.held_tiles),
         "SELECT_TILE": plan.select_tile, "PART_BLOCKS": plan.part_blocks, "PARTS": MAX_PARTS,
         "D": D, "D_PADDED": padded_width(D), "GROUP_PADDED": padded_width(plan.group_size),
         "STEP": plan.step, "STAGES": stages_that_fit(plan.stages, plan.step * row_bytes, plan.pipeline_bytes),

@@ -177,7 +177,7 @@ def decode_layer_kernel(
     dim_D = tl.arange(0, D_PADDED)
     # All small tables at once: one trip to memory before the keys, not four.
     retrieval_K = tl.load(retrieval_ptr + group_K, mask=group_K < num_groups, other=GROUP)
-    set_end_J = tl.load(first_set_ptr + 1 + group_J, mask=group_J < J, other=1 << 20)
+    set_end_J = tl.load(first_set_ptr + 1 + group_J, mask=group_J < J, other=0)
     if EARLY_LAUNCH:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
@@ -206,7 +206,7 @@ def decode_layer_kernel(
             tiles = at(tiles_B, batch_B, b)
             start = at(ends_B, batch_B, b) - tiles * num_sets
             if J > 1:
-                group = tl.sum((tiles * set_end_J <= pos - start).to(tl.int32))
+                group = tl.sum(((group_J < J) & (tiles * set_end_J <= pos - start)).to(tl.int32))
                 first_set = tl.load(first_set_ptr + group)
                 sets = at(set_end_J, group_J, group) - first_set
                 head_G = tl.load(first_head_ptr + group) + slot_G

@@ -11,6 +11,7 @@ from rtpurbo.kernels.append import AppendPlan
 from rtpurbo.kernels.append import kernel as append_kernel
 from rtpurbo.kernels.block_selection import kernel as selection_kernel
 from rtpurbo.kernels.block_selection import plan_selection
+from rtpurbo.kernels.block_selection.scoring import MOST_HELD_TILES
 from rtpurbo.kernels.cache_write import kernel as write_kernel
 from rtpurbo.kernels.decode_layer import DecodeStep, fused
 from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS
@@ -129,7 +130,7 @@ def _plan_selection(attributes: Attributes, B: int, S: int, sets: int, site: Sit
     key_sets = list(attributes["key_sets"])
     return plan_selection(
         key_sets, num_sets=sets, batch=B, capacity=S, device=site.device, block_size=attributes["block"],
-        pipeline_bytes=site.pipeline_bytes,
+        pipeline_bytes=site.pipeline_bytes, held_tiles=MOST_HELD_TILES,
     )  # fmt: skip
 
 
@@ -329,7 +330,9 @@ def _suits_fused(attributes: Attributes, B: int, D: int, S: int, site: Site) -> 
 
 def _plan_fused(attributes: Attributes, layer: dict[str, Any], S: int, site: Site) -> Any:
     key_sets = list(attributes["key_sets"])
-    return fused.plan_fused(**layer, key_sets=key_sets, capacity=S, device=site.device, pipeline_bytes=site.pipeline_bytes)
+    return fused.plan_fused(
+        **layer, key_sets=key_sets, capacity=S, device=site.device, pipeline_bytes=site.pipeline_bytes, held_tiles=MOST_HELD_TILES
+    )
 
 
 def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: Tensors, outputs: Tensors, site: Site) -> None:

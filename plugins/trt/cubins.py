@@ -186,7 +186,10 @@ class CubinTable:
     """The cubins of an engine's folder that run on one GPU."""
 
     def __init__(self, folder: Path, capability: int) -> None:
-        """Read the index and every cubin; ValueError for a missing or changed file, or a GPU that none was compiled for."""
+        """Read the index and every cubin; ValueError for a missing or changed file, or a GPU that none was compiled for.
+
+        capability: of the GPU; `self.capability` is the one that the cubins in use were compiled for.
+        """
         path = folder / INDEX_NAME
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
@@ -204,9 +207,15 @@ class CubinTable:
             raise ValueError(f"{path}: no cubin for compute capability {capability}, only for {capabilities}")
         self._variants: dict[tuple[Any, ...], tuple[Variant, dict[str, Any], bytes]] = {}
         self._functions: dict[str, Function] = {}
-        self._folder, self.capability = folder, capability
+        # Launches are described for what the cubins were compiled for, whatever the GPU has beyond it.
+        self._folder, self.capability = folder, max(fitting)
         for entry in index["cubins"]:
-            if entry["capability"] == max(fitting):
+            if entry["capability"] == self.capability:
+                if entry["shared_bytes"] > SHARED_BYTES.get(capability, entry["shared_bytes"]):
+                    raise ValueError(
+                        f"{folder / entry['file']}: wants {entry['shared_bytes']} bytes of shared memory, and a GPU of compute capability "
+                        f"{capability} has {SHARED_BYTES[capability]}; build the engine with --capability {capability}"
+                    )
                 variant = Variant(
                     kernel=entry["kernel"], types=tuple(entry["types"]), aligned=tuple(entry["aligned"]),
                     constants=tuple(sorted(entry["constants"].items())), num_warps=entry["num_warps"], num_stages=entry["num_stages"],
