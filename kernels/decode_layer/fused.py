@@ -49,7 +49,6 @@ class FusedPlan:
     local_step: int
     local_stages: int
     merge_tile: int
-    early_launch: bool
     key_set_H: torch.Tensor
     first_set_J: torch.Tensor
     first_head_J: torch.Tensor
@@ -92,7 +91,6 @@ def plan_fused(
     local_step: int = 64,
     local_stages: int = 4,
     merge_tile: int = 32,
-    early_launch: bool = False,
     pipeline_bytes: int | None = None,
     held_tiles: int | None = None,
     stamps: bool = False,
@@ -127,7 +125,7 @@ def plan_fused(
         pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor, held_tiles=held_tiles, num_warps=num_warps,
         tile_blocks=tile_blocks, score_stages=score_stages, sets_in_group=sets_in_group, columns=heads_JG.shape[1],
         select_tile=select_tile, part_blocks=min(part_blocks, select_tile), step=step, stages=stages,
-        local_step=local_step, local_stages=local_stages, merge_tile=merge_tile, early_launch=early_launch,
+        local_step=local_step, local_stages=local_stages, merge_tile=merge_tile,
         key_set_H=table(key_sets),
         first_set_J=table(first_J),
         first_head_J=table([sum(key_set < first for key_set in key_sets) for first in first_J]),
@@ -190,7 +188,7 @@ def _constants(
         "STEP": plan.step, "STAGES": stages_that_fit(plan.stages, plan.step * row_bytes, plan.pipeline_bytes),
         "LOCAL_STEP": plan.local_step,
         "LOCAL_STAGES": stages_that_fit(plan.local_stages, plan.local_step * row_bytes, plan.pipeline_bytes),
-        "MERGE_TILE": plan.merge_tile, "WARPS": plan.num_warps, "EARLY_LAUNCH": plan.early_launch,
+        "MERGE_TILE": plan.merge_tile, "WARPS": plan.num_warps,
         "STAMPS": plan.stamps is not None,
     }  # fmt: skip
 
@@ -222,8 +220,7 @@ def describe(
         arguments=arguments,
         constants=_constants(plan, k_BSKD, index_k_BSIR, step.top_p, sinks, phase),
         num_warps=plan.num_warps,
-        early_launch=plan.early_launch,
-        all_at_once=phase == 0 and not plan.early_launch,
+        all_at_once=phase == 0,
     )
 
 

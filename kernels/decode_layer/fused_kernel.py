@@ -162,7 +162,7 @@ def decode_layer_kernel(
     G: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SETS: tl.constexpr, TILE_BLOCKS: tl.constexpr, SCORE_STAGES: tl.constexpr,
     SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    LOCAL_STEP: tl.constexpr, LOCAL_STAGES: tl.constexpr, MERGE_TILE: tl.constexpr, WARPS: tl.constexpr, EARLY_LAUNCH: tl.constexpr,
+    LOCAL_STEP: tl.constexpr, LOCAL_STAGES: tl.constexpr, MERGE_TILE: tl.constexpr, WARPS: tl.constexpr,
     STAMPS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -178,9 +178,6 @@ def decode_layer_kernel(
     # All small tables at once: one trip to memory before the keys, not four.
     retrieval_K = tl.load(retrieval_ptr + group_K, mask=group_K < num_groups, other=GROUP)
     set_end_J = tl.load(first_set_ptr + 1 + group_J, mask=group_J < J, other=0)
-    if EARLY_LAUNCH:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
     length_B = tl.load(lengths_ptr + batch_B, mask=batch_B < batch, other=0)
     blocks_B = tl.cdiv(length_B, BLOCK)
     num_jobs = batch * num_heads
