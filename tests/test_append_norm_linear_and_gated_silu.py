@@ -29,6 +29,26 @@ def run_append(request, device="cpu"):
     return {name: x.cpu() for name, x in answer.items()} | {"index_q": None if index_q is None else index_q.cpu()}
 
 
+def run_separate(request, device="cpu"):
+    """What the launch writes into poisoned tensors of its own: the rotated heads and the index queries."""
+    from rtpurbo.kernels.append import kernel
+
+    tensors = {name: None if x is None else x.to(device) for name, x in request["tensors"].items()}
+    plan = plan_append(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in request["plan"].items()}, device=device)
+    qkv, options = tensors["qkv_BTM"], request["options"]
+    out = torch.full_like(qkv, float("nan"))
+    index_q = torch.full((*qkv.shape[:2], *request["plan"]["index_q_PRD"].shape[:2]), float("nan"), device=device)
+    stores = [tensors.get(name) for name in ("k_BSKD", "v_BSKD")], [tensors.get(name) for name in ("ring_k_BWKD", "ring_v_BWKD")]
+    inputs = [tensors[name] for name in ("cos_SE", "sin_SE", "lengths_B", "counts_B")]
+    kernel.describe(
+        qkv, plan, *inputs, *stores[0], request["index_k"].to(device), *stores[1], options["window"], options["sinks"], index_q, out,
+        early_launch=False,
+    ).run()  # fmt: skip
+    H, K, D = request["plan"]["num_heads"], request["plan"]["num_groups"], request["plan"]["head_dim"]
+    q, k, v = out.unflatten(2, (-1, D)).split((H, K, K), dim=2)
+    return {"q": q.cpu(), "k": k.cpu(), "v": v.cpu(), "index_q": index_q.cpu()}
+
+
 def run_norm(request, device="cpu"):
     residual = None if request["residual"] is None else request["residual"].to(device)
     out, residual = add_norm(request["x"].to(device), request["weight"].to(device), 1e-6, residual_TC=residual, impl=request["impl"])
@@ -47,7 +67,7 @@ def run_silu(request, device="cpu"):
     return {"out": gated_silu(request["x"].to(device), impl=request["impl"]).cpu()}
 
 
-OPERATIONS = {"append": run_append, "norm": run_norm, "silu": run_silu, "linear": run_linear}
+OPERATIONS = {"append": run_append, "separate": run_separate, "norm": run_norm, "silu": run_silu, "linear": run_linear}
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +189,16 @@ def test_append_writes_what_loops_write_and_nothing_else(run, name):
             before = request["tensors"][key]
             untouched = want[key] == before.double()
             assert torch.equal(got[key][untouched], before[untouched])
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("heads")])
+def test_append_fills_tensors_of_its_own_with_zeros_beyond_the_count(interpreted, name):
+    request = make_append(CASES[name], torch.float32)
+    want, got = by_loops(request), interpreted("separate", request)
+    for key, value in got.items():
+        assert_near(value, want[key], 1e-5)
+        for b, count in enumerate(request["tensors"]["counts_B"].tolist()):
+            assert not value[b, count:].any(), (key, b)
 
 
 @pytest.mark.gpu

@@ -45,7 +45,7 @@ def rope_append(
         impl: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
 
     Returns (q [B, T, H, D], k [B, T, K, D], v [B, T, K, D] as views of qkv, index_q fp32 [B, T, P, R] or None); rows beyond counts_B
-    are unspecified. fp32 arithmetic, one rounding at each store.
+    are as they were in qkv and finite in index_q. fp32 arithmetic, one rounding at each store.
     Raises ValueError for shapes that do not fit. The caller keeps lengths + counts within S. Source: METHOD sections 2 and 3;
     one launch: ours.
     """

@@ -99,10 +99,12 @@ def _rope_append(
     b = tl.program_id(2).to(tl.int64)
     length, count = tl.load(lengths_ptr + b), tl.load(counts_ptr + b)
     t_t = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    valid_t = t_t < count
+    valid_t, inside_t = t_t < count, t_t < T
     position_t = length + t_t
     e_E = tl.arange(0, E_PADDED)
     mask_tE = valid_t[:, None] & (e_E < E)[None, :]
+    # Rows beyond the count load as zeros, and zeros is what a tensor of its own gets there; in place they stay as they are.
+    written_tE = (inside_t if SEPARATE else valid_t)[:, None] & (e_E < E)[None, :]
     row_tE = b * T * ((H + 2 * K) * 2 * E) + t_t.to(tl.int64)[:, None] * ((H + 2 * K) * 2 * E) + e_E[None, :]
     x_ptr = qkv_ptr + row_tE + (tl.load(source_ptr + head) if HAS_ORDER else head) * (2 * E)
     written_ptr = out_ptr + row_tE + head * (2 * E)
@@ -122,7 +124,7 @@ def _rope_append(
             if place >= 0:
                 out_tR = _project(first_tE, second_tE, index_q_weight_ptr + place * (R * 2 * E), E, E_PADDED, R, R_PADDED)
                 row_t = ((b * T + t_t) * num_places + place) * R
-                tl.store(index_q_ptr + row_t[:, None] + r_R[None, :], out_tR, mask=mask_tR)
+                tl.store(index_q_ptr + row_t[:, None] + r_R[None, :], out_tR, mask=inside_t[:, None] & (r_R < R)[None, :])
         # Nested: the outer condition is decided when the kernel is compiled.
         if HAS_INDEX_K:  # noqa: SIM102
             if head >= H:
@@ -140,11 +142,11 @@ def _rope_append(
         rotated_tE = first_tE * cos_tE - second_tE * sin_tE
         second_tE = second_tE * cos_tE + first_tE * sin_tE
         first_tE = rotated_tE
-        tl.store(written_ptr, first_tE.to(out_ptr.dtype.element_ty), mask=mask_tE)
-        tl.store(written_ptr + E, second_tE.to(out_ptr.dtype.element_ty), mask=mask_tE)
+        tl.store(written_ptr, first_tE.to(out_ptr.dtype.element_ty), mask=written_tE)
+        tl.store(written_ptr + E, second_tE.to(out_ptr.dtype.element_ty), mask=written_tE)
     elif SEPARATE:
-        tl.store(written_ptr, first_tE.to(out_ptr.dtype.element_ty), mask=mask_tE)
-        tl.store(written_ptr + E, second_tE.to(out_ptr.dtype.element_ty), mask=mask_tE)
+        tl.store(written_ptr, first_tE.to(out_ptr.dtype.element_ty), mask=written_tE)
+        tl.store(written_ptr + E, second_tE.to(out_ptr.dtype.element_ty), mask=written_tE)
     if head >= H:
         group = (head - H) % K
         if HAS_CACHE:  # noqa: SIM102
@@ -218,7 +220,10 @@ def describe(
     *,
     early_launch: bool,
 ) -> Launch:
-    """The launch that writes the rotated heads to out, which may be qkv itself. source_O (int32): out's head o is head source[o] of qkv."""
+    """The launch that writes the rotated heads to out, which may be qkv itself. source_O (int32): out's head o is head source[o] of qkv.
+
+    Rows beyond counts are zeros in index_q, and in out where it is a tensor of its own.
+    """
     B, T, _ = qkv_BTM.shape
     P = len(plan.retrieval_heads)
     R = 1 if plan.index_q_PRD is None else plan.index_q_PRD.shape[1]
