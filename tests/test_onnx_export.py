@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from test_runtime_equality import CASES, ROPE, random_ids
 from tiny_checkpoints import edit_json
 
@@ -16,7 +17,7 @@ from rtpurbo.converter.checkpoint import open_checkpoint
 from rtpurbo.converter.package import write_artifact
 from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.plugins.trt.export import Export, ExportOptions, export
-from rtpurbo.plugins.trt.nodes import DECODE, PREFILL
+from rtpurbo.plugins.trt.nodes import DECODE, NODES, PREFILL
 from rtpurbo.plugins.trt.onnx_engine import OnnxEngine
 from rtpurbo.runtime.loader import load
 
@@ -121,6 +122,24 @@ def test_an_idle_row_changes_neither_its_caches_nor_the_other_rows_logits(artifa
     assert np.array_equal(got[0], want[0])
     assert all(np.array_equal(cache.numpy()[1], before[name]) for name, cache in one.caches.items())
     assert one.lengths.tolist() == [91, 70]
+
+
+def test_the_graph_lets_an_idle_sequence_see_nothing(artifact: Path) -> None:
+    graph = export(artifact).model.graph
+    place = [port.name for port in NODES["AttentionLocal"].inputs].index("visible")
+    (visible,) = {node.input[place] for node in graph.node if node.op_type.startswith("Attention")}
+    wanted, kept = {visible}, []
+    for node in reversed(graph.node):
+        if wanted & set(node.output):
+            wanted |= set(node.input)
+            kept.insert(0, node)
+    ports = [port for port in graph.input if port.name in wanted]
+    result = onnx.helper.make_tensor_value_info(visible, onnx.TensorProto.INT32, None)
+    evaluate = ReferenceEvaluator(onnx.helper.make_model(onnx.helper.make_graph(kept, "visible", ports, [result])))
+    feeds = {"lengths": np.array([9, 9, 0, 0, 4], np.int32), "counts": np.array([0, 1, 0, 1, 37], np.int32)}
+    (found,) = evaluate.run(None, feeds)
+    assert found.dtype == np.int32
+    assert found.tolist() == [0, 10, 0, 1, 41]
 
 
 def test_the_phase_and_not_the_number_of_tokens_chooses_the_pattern(artifact: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from interpreter_process import interpreting, serve
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.experts.reference import mix_experts
@@ -26,6 +27,10 @@ def history(chunk, K, H, seed=0):
     B, S = len(lengths), 128
     k, v, q = (torch.randn(B, n, heads, D, generator=generator) for n, heads in ((S, K), (S, K), (T, H)))
     return 2 * q, k, v, *(torch.tensor(x, dtype=torch.int32) for x in (lengths, counts))
+
+
+def visible_of(lengths, counts):
+    return (lengths + counts) * (counts > 0)
 
 
 def rows_of(x, lengths, counts, T):
@@ -74,6 +79,7 @@ def test_the_launches_of_attend_local_attend_and_then_write_the_ring(interpreted
     rings = [ring_of(x, lengths) for x in (k, v)]
     inputs = [q, *(rows_of(x, lengths, counts, chunk[2]) for x in (k, v)), *rings, lengths, counts]
     (ring_k, ring_v), (out,) = interpreted("AttendLocal", MASK, inputs, [torch.full_like(q, float("nan"))])
+    assert out.isfinite().all()
     assert largest_error(out, q, k, v, lengths, counts, local) < 1e-5
     assert all(torch.equal(found, ring_of(x, lengths + counts)) for found, x in ((ring_k, k), (ring_v, v)))
 
@@ -84,12 +90,13 @@ def test_the_launches_of_attend_local_attend_and_then_write_the_ring(interpreted
 def test_the_launches_of_retained_groups_follow_the_roles(interpreted, name, chunk, counts_of_groups):
     q, k, v, lengths, counts = history(chunk, K=2, H=6)
     attributes = {**MASK, "retrieval_counts": counts_of_groups}
-    inputs = [q, k, v, lengths, counts, lengths + counts]
+    inputs = [q, k, v, lengths, counts, visible_of(lengths, counts)]
     if name == "AttendRetained":
         B, heads = q.shape[0], sum(counts_of_groups)
         attributes["block"] = 16
         inputs += [torch.zeros(B, heads, 8, dtype=torch.int32), torch.zeros(B, heads, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)]
     _, (out,) = interpreted(name, attributes, inputs, [torch.full_like(q, float("nan"))])
+    assert out.isfinite().all()
 
     def seen(b, head, i, j):
         return (j >= 0) if head % 3 < counts_of_groups[head // 3] else local(b, head, i, j)
@@ -201,19 +208,32 @@ def test_the_launches_of_products_norm_the_sum_and_multiply(interpreted, rows, w
 
 
 def run_operator(request):
-    """(aliased inputs, outputs) after the launches of one execution; outputs are those that alias no input."""
+    """(aliased inputs, outputs) after the launches of one execution, over poisoned scratch; outputs are those that alias no input."""
     from rtpurbo.plugins.trt.nodes import NODES
     from rtpurbo.plugins.trt.operators import OPERATORS
     from rtpurbo.plugins.trt.site import Site
 
+    class Poisoned(TorchDispatchMode):
+        """While entered, fresh memory holds NaN or, of integers, a number that is no count, block or position."""
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            if function in (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default):
+                made.fill_(float("nan") if made.is_floating_point() else 1 << 30)
+            return made
+
     (name, attributes), inputs, outputs = request["case"], request["inputs"], request["outputs"]
     node, operator = NODES[name], OPERATORS[name]
-    site = Site(device=torch.device("cpu"), capability=80, run=lambda work: work.run())
+    works = []
+    site = Site(device=torch.device("cpu"), capability=80, run=works.append)
     plan = operator.plan(attributes, [tuple(x.shape) for x in inputs], site)
     sources = [node.aliased_input(i) for i in range(len(node.outputs))]
     own = iter(outputs)
     everything = [next(own) if source < 0 else inputs[source] for source in sources]
-    operator.launch(attributes, plan, inputs, everything, site)
+    with Poisoned():
+        operator.launch(attributes, plan, inputs, everything, site)
+    for work in works:
+        work.run()
     return [inputs[source] for source in sources if source >= 0], outputs
 
 

@@ -124,7 +124,7 @@ class History:
 
         self.k, self.v, self.q = random(B, S, K, D), random(B, S, K, D), 4 * random(B, T, H, D)
         self.lengths_B, self.counts_B = (torch.tensor(x, dtype=torch.int32, device=device) for x in (lengths, counts))
-        self.visible_B = self.lengths_B + self.counts_B
+        self.visible_B = (self.lengths_B + self.counts_B) * (self.counts_B > 0)
 
     def chunk(self, x):
         """The chunk's rows of the history; rows of padding are large, so that reading one is a large error."""

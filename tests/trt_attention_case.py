@@ -33,6 +33,7 @@ class AttentionCase:
         self.H, self.lengths, self.counts, self.T = G * self.K, *chunk
         self.dtype, self.device, self.scale = dtype, device, 2.0 * D**-0.5
         self.ends = [length + count for length, count in zip(self.lengths, self.counts, strict=True)]
+        self.visible = [end if count else 0 for end, count in zip(self.ends, self.counts, strict=True)]
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.randperm(self.H, generator=self.generator).tolist()
         for part in range(2):
@@ -97,7 +98,7 @@ class AttentionCase:
         }  # fmt: skip
         if self.selects:
             named["index_cache"] = self._cache(self.index_k, self.lengths).transpose(1, 2)
-        whole = {"lengths": self.lengths, "counts": self.counts, "visible": self.ends, "phase": [0] * (DECODE if decode else PREFILL)}
+        whole = {"lengths": self.lengths, "counts": self.counts, "visible": self.visible, "phase": [0] * (DECODE if decode else PREFILL)}
         found = []
         for port in self.node.inputs:
             if port.name in whole:
@@ -156,8 +157,12 @@ class AttentionCase:
         return blocks[:, :, torch.arange(self.T) // self.prefill_block][..., torch.arange(self.S) // self.prefill_block]
 
     def check(self, out: torch.Tensor, caches: list[torch.Tensor], tolerance: float) -> float:
-        """Assert outputs (the error of every head and row relative to the head's outputs) and caches; returns the share of blocks kept."""
+        """Assert outputs (finite everywhere, and the error of every head and valid row relative to its outputs) and caches.
+
+        Returns the share of blocks kept.
+        """
         out, chosen, listed = out.double().cpu(), self._chosen(), self._listed()
+        assert out.isfinite().all(), "a row of padding is not finite"
         retained = len(self.counts_K)
         for b, count in enumerate(self.counts):
             end = self.ends[b]

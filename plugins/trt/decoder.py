@@ -52,7 +52,8 @@ class Decoder:
         self.caches: dict[str, str] = {}
         self.used: list[str] = []
         self.shape = manifest.model
-        self.visible = graph.op("Add", "lengths", "counts")
+        # Idle sequences see nothing, whatever is in their caches.
+        self.visible = graph.op("Mul", graph.op("Add", "lengths", "counts"), graph.op("Min", "counts", graph.constant(1, np.int32)))
         self.batch, self.rows = graph.size("input_ids", 0), graph.size("input_ids", 1)
 
     def custom(self, kind: str, inputs: list[str], attributes: dict[str, Any], prefix: str) -> list[str]:

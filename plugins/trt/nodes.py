@@ -4,7 +4,8 @@ Export writes them, the plugins implement them, and function bodies say what the
 
 Conventions of all nodes. Heads are in run-time order (runtime.layout). `lengths`: tokens in the caches before the chunk; `counts`:
 valid rows of the chunk, the first ones of its T rows (0: the sequence is idle, nothing of it is read or written); `visible` =
-lengths + counts. All three are int32 [B] and live on the device. Rows of `out` at or beyond `counts` are unspecified.
+lengths + counts, and 0 where counts is 0. All three are int32 [B] and live on the device. Rows of `out` at or beyond `counts` are
+unspecified, but finite where the inputs are.
 `phase` says by its length, which a plugin reads from its input shapes, which pattern retrieval heads run: [1] prefill, [2] decode
 (then T is 1). Its value is never read: it is int32. T alone cannot say it, as the last chunk of a prompt may have one token.
 Cached values at or beyond `lengths`, and empty ring slots, may hold anything that is finite.
