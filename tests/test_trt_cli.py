@@ -108,7 +108,40 @@ def test_an_engine_whose_logits_are_another_models_is_refused(tmp_path):
     check({"tolerance": 0.05, **compare_logits(few, want)}, tmp_path)
     with pytest.raises(ValueError, match="a tenth of the tokens differ"):
         check({"tolerance": 0.05, **compare_logits(many, want)}, tmp_path)
-    with pytest.raises(ValueError, match="a tenth of the tokens differ"):
+    with pytest.raises(ValueError, match="logits of 80 of 80 tokens are not finite"):
         check({"tolerance": 0.05, **compare_logits(near * float("nan"), want)}, tmp_path)
     with pytest.raises(ValueError, match="the most likely token differs in 9 of 80 places"):
         check({"tolerance": 3.0, **compare_logits(many, want)}, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1], ids=["engine", "runtime"])
+def test_a_few_logits_that_are_not_finite_are_refused_and_hide_no_other_difference(tmp_path, value, place):
+    generator = torch.Generator().manual_seed(0)
+    want = torch.randn(40, 2, 50, generator=generator)
+    got = want + 0.01 * torch.randn(40, 2, 50, generator=generator)
+    # Eight tokens are another's, fewer than the nine that the tolerance would refuse; three more are broken.
+    got[:8, 0] = -want[:8, 0]
+    differences = argmax_report(got, want)["argmax_differences"]
+    assert differences > 5
+    for token in ((20, 0), (21, 1), (39, 1)):
+        (got, want)[place][token][7] = value
+    report = {"tolerance": 0.05, **compare_logits(got, want)}
+    assert report["not_finite_tokens"] == 3
+    assert report["argmax_differences"] >= differences
+    with pytest.raises(ValueError, match="logits of 3 of 80 tokens are not finite"):
+        check(report, tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [64, 75, 80, 99, 101])
+def test_no_more_than_a_tenth_of_the_tokens_may_exceed_the_tolerance(tmp_path, tokens):
+    want = torch.randn(tokens, 1, 50, generator=torch.Generator().manual_seed(1))
+    for wrong in (tokens // 10, tokens // 10 + 1):
+        got = want * 1.001
+        got[:wrong] = 1.5 * want[:wrong]
+        report = {"tolerance": 0.05, **compare_logits(got, want)}
+        if wrong <= tokens / 10:
+            check(report, tmp_path)
+        else:
+            with pytest.raises(ValueError, match="more than a tenth of the tokens differ"):
+                check(report, tmp_path)
