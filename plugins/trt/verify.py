@@ -58,8 +58,8 @@ def verify_engine(folder: Path, artifact: Path, *, num_tokens: int = 512) -> dic
 def check(report: dict[str, Any], folder: Path) -> None:
     """ValueError where a report shows an engine that is not the runtime's model."""
     found, tolerance, tokens = report["relative_error_0.9"], report["tolerance"], report["compared_tokens"]
-    if report["not_finite_tokens"]:
-        raise ValueError(f"{folder}: logits of {report['not_finite_tokens']} of {tokens} tokens are not finite, the engine's or the runtime's")
+    if broken := report["not_finite_tokens"]:
+        raise ValueError(f"{folder}: logits of {broken} of {tokens} tokens are not finite, the engine's or the runtime's")
     if not found <= tolerance:
         raise ValueError(
             f"{folder}: more than a tenth of the tokens differ from the runtime's logits by {found:.3g} or more, wanted {tolerance}"
