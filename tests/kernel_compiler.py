@@ -32,4 +32,6 @@ def compile_for(launch: Launch, capability: int = 90) -> Any:
         if name.endswith("_ptr") or (signature[name] == "i32" and value % 16 == 0):
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, values, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps})
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    )

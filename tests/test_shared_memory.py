@@ -1,8 +1,9 @@
-"""The decode kernels fit into the shared memory of every compute capability that they are compiled for."""
+"""The kernels of decode and the portable one of prefill fit into the shared memory of every capability that they are compiled for."""
 
 import pytest
 import torch
 from kernel_compiler import compile_for
+from trt_attention_case import AttentionCase
 
 pytest.importorskip("triton")
 
@@ -10,8 +11,13 @@ from rtpurbo.kernels.block_selection import kernel as selection_kernel
 from rtpurbo.kernels.block_selection import plan_selection
 from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS
 from rtpurbo.kernels.division import OTHER_BYTES, SHARED_BYTES
+from rtpurbo.kernels.launch import Launch
+from rtpurbo.kernels.local_attention import kernel as prefill_kernel
 from rtpurbo.kernels.sparse_attention import kernel as attention_kernel
 from rtpurbo.kernels.sparse_attention import plan_attention
+from rtpurbo.plugins.trt.cubins import variant_of
+from rtpurbo.plugins.trt.nodes import PREFILL
+from rtpurbo.plugins.trt.operators import launches, port_shapes
 
 CAPABILITIES = (80, 86, 90)
 TOKENS = 1 << 17
@@ -46,3 +52,42 @@ def test_attention(capability, dim, case):
     ids, count = (torch.zeros(1, 2, *rest, dtype=torch.int32) if selects else None for rest in ((TOKENS // 64,), ()))
     launch = attention_kernel.describe(plan, q, k, k, LENGTHS, ids, count, 1.0, q, torch.zeros(1, 8))
     assert compile_for(launch, capability).metadata.shared <= SHARED_BYTES[capability]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_prefill_tiles_are_the_fast_ones_wherever_they_fit(capability, itemsize, dim):
+    found = prefill_kernel.tiles_that_fit(dim, itemsize, SHARED_BYTES[capability])
+    # Half a kilobyte of q, k and v each, for a row of 128 float32.
+    assert (found == {"block_queries": 128, "block_keys": 64}) == (dim * itemsize <= (256 if capability == 86 else 512))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prefill_of_an_engine_on_the_smallest_gpu(dtype):
+    """A layer with a ring, a cache by position and lists, as its node launches them."""
+    case = AttentionCase("AttentionPooledLocal", ((0,), (1,), 1), D=128, dtype=dtype)
+    sizes = {
+        "B": 1, "T": 600, "P": PREFILL, "S": 1000, "O": (case.H + 2 * case.K) * 128, "U": 64, "Q": 1000, "K": len(case.counts_K),
+        "L": case.local, "D": 128, "W": 27, "I": 3, "J": len(case.heads), "R": 16, "H": case.H,
+    }  # fmt: skip
+    dtypes = {"model": dtype, "index": dtype, "float32": torch.float32, "int32": torch.int32}
+    ports = zip(port_shapes(case.node, case.attributes, sizes), (case.node.inputs, case.node.outputs), strict=True)
+    described = [[(shape, dtypes[port.dtype]) for shape, port in zip(*side, strict=True)] for side in ports]
+    works = launches(case.name, case.attributes, *described, 86)[0]
+    different = {variant_of(work).shape: work for work in works if isinstance(work, Launch) and work.kernel is prefill_kernel._prefill}
+    assert {(work.constants["HAS_RING"], work.constants["LISTED"]) for work in different.values()} == {
+        (True, False),
+        (False, False),
+        (False, True),
+    }
+    for work in different.values():
+        assert compile_for(work, 86).metadata.shared <= SHARED_BYTES[86]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_prefill_of_the_runtime_on_the_smallest_gpu(dim):
+    """The tiles that the kernel takes unless told, in 16 bits: the runtime gives it nothing else on a GPU."""
+    q, k, ring = (torch.zeros(1, tokens, heads, dim, dtype=torch.bfloat16) for tokens, heads in ((256, 4), (256, 2), (64, 2)))
+    launch = prefill_kernel.describe(q, k, k, LENGTHS, LENGTHS, ring, ring, q, None, window=60, sinks=4, scale=1.0)
+    assert compile_for(launch, 86).metadata.shared <= SHARED_BYTES[86]

@@ -70,7 +70,11 @@ def local(b, head, i, j):
 @pytest.fixture(scope="module")
 def interpreted():
     with interpreting(__file__) as call:
-        yield lambda name, attributes, inputs, outputs: call("run", {"case": (name, attributes), "inputs": inputs, "outputs": outputs})
+
+        def run(name, attributes, inputs, outputs, capability=80):
+            return call("run", {"case": (name, attributes), "inputs": inputs, "outputs": outputs, "capability": capability})
+
+        yield run
 
 
 @pytest.mark.parametrize("chunk", CHUNKS, ids=str)
@@ -184,6 +188,14 @@ def test_the_launches_of_an_attention_node_append_and_attend_by_role(interpreted
         assert 0.2 < kept < 0.9
 
 
+def test_the_smaller_tiles_of_wide_float32_heads_attend_by_role(interpreted):
+    case = AttentionCase("AttentionNormPooledLocal", ((0, 20), (100, 90), 100), D=128)
+    caches, (out,) = interpreted(
+        case.name, case.attributes, case.inputs(), [torch.full((2, 100, case.H, 128), float("nan"))], capability=86
+    )
+    case.check(out, caches, 1e-4)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("rows", "width", "columns"), [(1, 48, 33), (5, 100, 7)])
 def test_the_launches_of_products_norm_the_sum_and_multiply(interpreted, rows, width, columns, bias):
@@ -225,7 +237,7 @@ def run_operator(request):
     (name, attributes), inputs, outputs = request["case"], request["inputs"], request["outputs"]
     node, operator = NODES[name], OPERATORS[name]
     works = []
-    site = Site(device=torch.device("cpu"), capability=80, run=works.append)
+    site = Site(device=torch.device("cpu"), capability=request["capability"], run=works.append)
     plan = operator.plan(attributes, [tuple(x.shape) for x in inputs], site)
     sources = [node.aliased_input(i) for i in range(len(node.outputs))]
     own = iter(outputs)

@@ -141,6 +141,24 @@ def _prefill(
         tl.store(lse_ptr + (b64 * H + h) * T + t, lse, mask=t < T)
 
 
+# Queries and keys of a tile, the fastest first.
+TILES = ((128, 64), (64, 64), (64, 32), (32, 32), (32, 16), (16, 16))
+
+
+def tiles_that_fit(head_dim: int, itemsize: int, shared_bytes: int, listed_block: int | None = None) -> dict[str, int]:
+    """The first of TILES, as `describe` takes it, that a program with this much shared memory holds; the smallest if none fits.
+
+    listed_block: of the lists, which are for tiles of as many queries.
+    """
+    tiles = TILES
+    if listed_block is not None:
+        tiles = tuple((listed_block, keys) for keys in (64, 32, 16) if keys <= listed_block)
+    # q, k and v, the weights of a step, and the rows' maxima: what a float32 tile takes; in 16 bits the weights stay in registers.
+    bytes_of = {(m, n): (m + 2 * n) * head_dim * itemsize + m * n * itemsize + 4 * m for m, n in tiles}
+    queries, keys = next((tile for tile in tiles if bytes_of[tile] <= shared_bytes), tiles[-1])
+    return {"block_queries": queries, "block_keys": keys}
+
+
 def describe(
     q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, v_BTKD: torch.Tensor, lengths_B: torch.Tensor, counts_B: torch.Tensor,
     ring_k_BWKD: torch.Tensor | None, ring_v_BWKD: torch.Tensor | None, out_BTHD: torch.Tensor, lse_BHT: torch.Tensor | None,

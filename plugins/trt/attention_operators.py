@@ -15,6 +15,7 @@ from rtpurbo.kernels.block_selection.scoring import MOST_HELD_TILES
 from rtpurbo.kernels.cache_write import kernel as write_kernel
 from rtpurbo.kernels.decode_layer import DecodeStep, fused
 from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS
+from rtpurbo.kernels.division import SHARED_BYTES
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
 from rtpurbo.kernels.local_attention.tiles import UNBOUNDED
@@ -85,13 +86,13 @@ def _prefill(
     """
     ring_k, ring_v = ring or (None, None)
     window = UNBOUNDED.value if dense else attributes["window"]
-    block = KERNEL_BLOCK if lists is None else attributes["prefill_block"]
+    listed = None if lists is None else attributes["prefill_block"]
     tensors = [x for x in (q, k, v, ring_k, ring_v) if x is not None]
     mask: dict[str, Any] = {
         "window": window, "sinks": attributes["sinks"], "scale": attributes["scale"], "by_position": ring is None, "lists": lists,
     }  # fmt: skip
-    if block != KERNEL_BLOCK or not _suits_hopper(tensors, attributes["scale"], site):
-        tiles: dict[str, Any] = {"block_queries": block, "block_keys": min(block, KERNEL_BLOCK // 2)}
+    if listed not in (None, KERNEL_BLOCK) or not _suits_hopper(tensors, attributes["scale"], site):
+        tiles: dict[str, Any] = prefill_kernel.tiles_that_fit(q.shape[-1], q.element_size(), SHARED_BYTES[site.capability], listed)
         return prefill_kernel.describe(q, k, v, lengths, counts, ring_k, ring_v, out, None, **mask, **tiles)
     from rtpurbo.kernels.local_attention import hopper_kernel
 
