@@ -225,7 +225,7 @@ def test_projections_of_one_input_are_one_product_in_a_converted_model(tmp_path:
     [
         ({"hidden_act": "gelu"}, {}, r"hidden_act is 'gelu', wanted silu"),
         ({}, {"positions": 2000}, r"2000 positions exceed the model's max_position_embeddings 1024"),
-        ({}, {"top_p": 1 / 3}, r"top_p is 0.333\d+, wanted at most 9 decimals"),
+        ({}, {"top_p": 1 / 3}, r"^top_p is 0.333\d+, wanted at most 9 decimals"),
         ({}, {"dtype": "int8"}, r"dtype is 'int8', wanted auto"),
         ({}, {"positions": 0}, r"positions is 0, wanted at least 1"),
     ],
@@ -252,6 +252,14 @@ def test_a_prefill_that_selects_blocks_selects_as_the_runtime_does(tmp_path: Pat
     assert (np.abs(logits[0] - logits[1]).max() > 10 * TOLERANCE) == (mass < 1)
     eager.save_artifact(tmp_path, config, retrieval, prefill_block=16, prefill_pattern="topp", prefill_top_p=mass)
     assert_equals_runtime(tmp_path, chunk=chunk)
+
+
+@pytest.mark.parametrize("key", ["top_p", "prefill_top_p"])
+def test_a_share_with_too_many_decimals_is_refused_with_its_file_and_key(tmp_path: Path, key: str) -> None:
+    share = {"prefill_pattern": "topp", "prefill_block": 16, key: 1 / 3}
+    eager.save_artifact(tmp_path, eager.tiny_config("llama", layers=1), [[0]], **share)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/rtpurbo\.json: {key} is 0\.333\d+, wanted at most 9 decimals for an engine$"):
+        export(tmp_path)
 
 
 def test_a_prefill_block_that_no_kernel_has_is_refused(tmp_path: Path) -> None:

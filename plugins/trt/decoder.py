@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from onnx import NodeProto, TensorProto, helper
 
-from rtpurbo.manifests.manifest import Manifest
+from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest
 from rtpurbo.plugins.trt.graph import Graph
 from rtpurbo.plugins.trt.nodes import DOMAIN, NODES, VERSION, Retained, attention_name
 from rtpurbo.plugins.trt.weights import ONNX_DTYPES, Weights
@@ -43,15 +43,21 @@ class Pending(NamedTuple):
 
 
 class Decoder:
-    """Writes a model's nodes into `graph`. `caches` maps the name of each cache input to its new value, in order of the layers."""
+    """Writes a model's nodes into `graph`. `caches` maps the name of each cache input to its new value, in order of the layers.
 
-    def __init__(self, graph: Graph, weights: Weights, config: dict[str, Any], manifest: Manifest, index_dtype: torch.dtype) -> None:
+    top_p_replaced: the manifest's top_p is not its file's.
+    """
+
+    def __init__(
+        self, graph: Graph, weights: Weights, config: dict[str, Any], manifest: Manifest, index_dtype: torch.dtype, *, top_p_replaced: bool
+    ) -> None:
         self.g, self.weights, self.config, self.manifest = graph, weights, config, manifest
         self.index_dtype = ONNX_DTYPES[index_dtype]
         self.dtype = ONNX_DTYPES[weights.dtype]
         self.caches: dict[str, str] = {}
         self.used: list[str] = []
         self.shape = manifest.model
+        self.source, self.top_p_replaced = f"{weights.folder / MANIFEST_NAME}: ", top_p_replaced
         # Idle sequences see nothing, whatever is in their caches.
         self.visible = graph.op("Mul", graph.op("Add", "lengths", "counts"), graph.op("Min", "counts", graph.constant(1, np.int32)))
         self.batch, self.rows = graph.size("input_ids", 0), graph.size("input_ids", 1)
@@ -134,7 +140,7 @@ class Decoder:
             attributes |= self._selection(layout)
             if retained == "Pooled":
                 m = self.manifest
-                attributes |= {"prefill_ppb": in_ppb("prefill_top_p", m.prefill_mass), "prefill_block": m.prefill_block}
+                attributes |= {"prefill_ppb": in_ppb(f"{self.source}prefill_top_p", m.prefill_mass), "prefill_block": m.prefill_block}
         if local := layer.num_retained < groups:
             inputs += [f"{cache}ring_k", f"{cache}ring_v"]
         out_BTHD = self.custom(attention_name(norm=norm, retained=retained, local=local), inputs, attributes, cache)[0]
@@ -176,7 +182,7 @@ class Decoder:
             "key_groups": layout.key_groups,
             "key_sets": layout.key_sets,
             "block": m.decode_block,
-            "top_p_ppb": in_ppb("top_p", m.top_p),
+            "top_p_ppb": in_ppb("top_p" if self.top_p_replaced else f"{self.source}top_p", m.top_p),
             "index_scale": m.indexer.scale,
             "narrow_keys": int(self.index_dtype != TensorProto.FLOAT),
         }

@@ -95,7 +95,7 @@ def export(folder: Path, options: ExportOptions | None = None) -> Export:
     used = {} if options.dense or manifest.top_p >= 1 or manifest.layers != artifact.layers else indexer
     graph = Graph()
     index_dtype = getattr(torch, manifest.indexer.key_dtype)
-    decoder = Decoder(graph, weights, hf_config.to_dict(), manifest, index_dtype)
+    decoder = Decoder(graph, weights, hf_config.to_dict(), manifest, index_dtype, top_p_replaced=options.top_p is not None)
     layers = [_layer(manifest, i, used, options.dense) for i in range(len(manifest.layers))]
     logits = _write(decoder, layers, _rope_tables(hf_config, positions, weights), bool(hf_config.tie_word_embeddings))
     graph.nodes.append(helper.make_node("Identity", [logits], ["logits"], name="logits"))
