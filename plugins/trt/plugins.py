@@ -225,8 +225,6 @@ def _plugin_class(trt: Any) -> type:
                     axes[axis] = builder.constant(self.part.attributes[attribute])
             if "F" not in axes and "G" in axes:
                 axes["F"] = builder.operation(trt.DimensionOperation.FLOOR_DIV, axes["G"], builder.constant(2))
-            if "D" not in axes and "U" in axes:
-                axes["D"] = builder.operation(trt.DimensionOperation.PROD, axes["U"], builder.constant(2))
             return [trt.DimsExprs([axes[axis] for axis in port.axes]) for port in node.outputs]
 
         def supports_format_combination(self, position: int, described: Any, num_inputs: int) -> bool:
