@@ -39,16 +39,17 @@ def test_selection(capability, key_set):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", ["selected", "ring"])
-def test_attention(capability, dim, case):
+def test_attention(capability, dim, dtype, case):
     selects = case == "selected"
     more = {} if selects else {"step_blocks": RING_STEP_BLOCKS, "stages": RING_STAGES}
     jobs, kv_heads = ([(0,), (1,)], [0, 0]) if selects else ([tuple(range(8))], [0])
     plan = plan_attention(
         jobs, kv_heads, batch=1, head_dim=dim, device="cpu", pipeline_bytes=SHARED_BYTES[capability] - OTHER_BYTES, **more
     )
-    q = torch.zeros(1, 8, dim, dtype=torch.bfloat16)
-    k = torch.empty(1, TOKENS, 1, dim, dtype=torch.bfloat16, device="meta")
+    q = torch.zeros(1, 8, dim, dtype=dtype)
+    k = torch.empty(1, TOKENS, 1, dim, dtype=dtype, device="meta")
     ids, count = (torch.zeros(1, 2, *rest, dtype=torch.int32) if selects else None for rest in ((TOKENS // 64,), ()))
     launch = attention_kernel.describe(plan, q, k, k, LENGTHS, ids, count, 1.0, q, torch.zeros(1, 8))
     assert compile_for(launch, capability).metadata.shared <= SHARED_BYTES[capability]

@@ -188,11 +188,13 @@ def test_the_launches_of_an_attention_node_append_and_attend_by_role(interpreted
         assert 0.2 < kept < 0.9
 
 
-def test_the_smaller_tiles_of_wide_float32_heads_attend_by_role(interpreted):
-    case = AttentionCase("AttentionNormPooledLocal", ((0, 20), (100, 90), 100), D=128)
-    caches, (out,) = interpreted(
-        case.name, case.attributes, case.inputs(), [torch.full((2, 100, case.H, 128), float("nan"))], capability=86
-    )
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("AttentionNormPooledLocal", ((0, 20), (100, 90), 100)), ("AttentionCausalLocal", ((0, 100, 126), (1, 0, 1), 1))]
+)
+def test_the_smaller_tiles_of_wide_float32_heads_attend_by_role(interpreted, name, chunk):
+    case = AttentionCase(name, chunk, D=128)
+    poison = torch.full((len(chunk[0]), chunk[2], case.H, 128), float("nan"))
+    caches, (out,) = interpreted(name, case.attributes, case.inputs(), [poison], capability=86)
     case.check(out, caches, 1e-4)
 
 

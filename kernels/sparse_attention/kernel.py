@@ -288,6 +288,10 @@ def describe(
     if mask_BHW is not None:
         ids_BJN = plan.list_BJN
     unused = plan.counters
+    step, row_bytes = plan.step_blocks * plan.block_size, 2 * D_padded * k_BSKD.element_size()
+    # Wide rows: the products of one step read its keys and values from shared memory too.
+    while step > UNIT.value and step * row_bytes > plan.pipeline_bytes:
+        step //= 2
     return Launch(
         kernel=attend_decode_kernel,
         grid=(plan.programs + J, B),
@@ -306,7 +310,7 @@ def describe(
             "UNION": mask_BHW is not None,
             "BY_POSITION": window is not None,
             "BLOCK": plan.block_size,
-            "STEP": plan.step_blocks * plan.block_size,
+            "STEP": step,
             "D": D,
             "D_PADDED": D_padded,
             "G": G,
@@ -315,9 +319,7 @@ def describe(
             "J_PADDED": triton.next_power_of_2(J),
             "W_PADDED": 1 if mask_BHW is None else triton.next_power_of_2(mask_BHW.shape[2]),
             "MERGE_TILE": plan.merge_tile,
-            "STAGES": stages_that_fit(
-                plan.stages, 2 * plan.step_blocks * plan.block_size * D_padded * k_BSKD.element_size(), plan.pipeline_bytes
-            ),
+            "STAGES": stages_that_fit(plan.stages, step * row_bytes, plan.pipeline_bytes),
             "EARLY_LAUNCH": plan.early_launch,
         },
         num_warps=plan.num_warps,
