@@ -201,8 +201,8 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 )  # fmt: skip
 def test_a_complete_engine_equals_the_runtime(tmp_path, family, dtype, top_p, lengths):
     """In bfloat16 the tiny peaked models are chaotic where they choose: one rounding moves a block or an expert over an edge. There the
-    runtime's own logits are 0.05 (median) to 0.66 (largest) away from float32, so an engine is held to what the runtime itself
-    reaches: its errors against the float32 runtime may not exceed 1.5 times the bfloat16 runtime's."""
+    runtime's own logits are up to 0.485 away from float32 (benchmarks/trt_engine_h200.json), so an engine is held to what the runtime
+    itself reaches: its errors against the float32 runtime may not exceed 1.5 times the bfloat16 runtime's."""
     source = artifact(tmp_path / "artifact", family, key_dtype=dtype, top_p=top_p)
     major, minor = torch.cuda.get_device_capability()
     build(source, tmp_path / "engine", options(dtype=dtype, capabilities=(10 * major + minor,)), Silence())
