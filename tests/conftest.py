@@ -1,12 +1,14 @@
-"""Fixtures that several test files share: tiny models with a tokenizer of their own."""
+"""Fixtures that several test files share: tiny models with a tokenizer of their own, and where a file's kernels run."""
 
 import os
 import pydoc_data.topics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from interpreter_process import interpreting
 from tiny_checkpoints import tiny_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -83,3 +85,20 @@ def tiny_recipe() -> Callable[..., Recipe]:
         return Recipe.preset_named("demo", **{**small, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest) -> Iterator[Callable[[str, dict[str, Any]], Any]]:
+    """call(operation, message) -> answer: an operation of the test file's OPERATIONS in Triton's interpreter."""
+    with interpreting(request.module.__file__) as call:
+        yield call
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], Any]:
+    """As `interpreted`, and on a GPU where there is one."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU")
+        return lambda operation, message: request.module.OPERATIONS[operation](message, "cuda")
+    return request.getfixturevalue("interpreted")

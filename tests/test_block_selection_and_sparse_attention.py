@@ -3,7 +3,7 @@
 # B batch  S cached tokens  H query heads  I index-key sets  K kv heads  D head dim  R index dim  N blocks
 import pytest
 import torch
-from interpreter_process import interpreting, serve
+from interpreter_process import serve
 from kernel_compiler import compile_for
 
 from rtpurbo.kernels.block_scores import block_scores
@@ -57,21 +57,6 @@ def run_attend(request, device="cpu"):
 
 
 OPERATIONS = {"select": run_select, "attend": run_attend}
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with interpreting(__file__) as call:
-        yield call
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def run(request):
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs an NVIDIA GPU")
-        return lambda operation, message: OPERATIONS[operation](message, "cuda")
-    return request.getfixturevalue("interpreted")
 
 
 def scores_of(request):

@@ -3,7 +3,7 @@
 # B batch  S cached tokens  W ring slots  H query heads  K kv heads  D head dim  I index-key sets  R index dim
 import pytest
 import torch
-from interpreter_process import interpreting, serve
+from interpreter_process import serve
 from kernel_compiler import compile_for
 
 from rtpurbo.kernels.decode_layer import DecodeStep, choose_impl, decode_layer, plan_decode_layer
@@ -62,21 +62,6 @@ def run_scores(request, device="cpu"):
 
 
 OPERATIONS = {"layer": run_layer, "scores": run_scores}
-
-
-@pytest.fixture(scope="module")
-def interpreted():
-    with interpreting(__file__) as call:
-        yield call
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def run(request):
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs an NVIDIA GPU")
-        return lambda operation, message: OPERATIONS[operation](message, "cuda")
-    return request.getfixturevalue("interpreted")
 
 
 def layer_request(
