@@ -74,7 +74,14 @@ def rope_append(
     if impl == "triton" or (impl == "auto" and qkv_BTM.is_cuda):
         from rtpurbo.kernels.append import kernel
 
-        index_q_BTPR = kernel.launch(qkv_BTM, plan, cos_SE, sin_SE, lengths_B, counts_B, *stores, window, sinks, index_queries)
+        index_q_BTPR = None
+        if index_queries and plan.index_q_PRD is not None:
+            index_q_BTPR = torch.empty(*qkv_BTM.shape[:2], *plan.index_q_PRD.shape[:2], dtype=torch.float32, device=qkv_BTM.device)
+        if qkv_BTM.numel():
+            early_launch = qkv_BTM.is_cuda and torch.cuda.get_device_capability(qkv_BTM.device) >= (9, 0)
+            kernel.describe(
+                qkv_BTM, plan, cos_SE, sin_SE, lengths_B, counts_B, *stores, window, sinks, index_q_BTPR, qkv_BTM, early_launch=early_launch
+            ).run()
     else:
         index_q_BTPR = reference.rope_append(qkv_BTM, plan, cos_SE, sin_SE, lengths_B, counts_B, *stores, window, sinks, index_queries)
     q_BTHD, k_BTKD, v_BTKD = qkv_BTM.unflatten(2, (-1, D)).split((H, K, K), dim=2)

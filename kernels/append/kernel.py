@@ -169,37 +169,6 @@ def _rope_append(
                     _store_halves(ring_v_ptr + offset, slot_t, stride_rw, first_tE, second_tE, kept_t, E, E_PADDED)
 
 
-def launch(
-    qkv_BTM: torch.Tensor,
-    plan: AppendPlan,
-    cos_SE: torch.Tensor,
-    sin_SE: torch.Tensor,
-    lengths_B: torch.Tensor,
-    counts_B: torch.Tensor,
-    k_BSKD: torch.Tensor | None,
-    v_BSKD: torch.Tensor | None,
-    index_k_BSIR: torch.Tensor | None,
-    ring_k_BWKD: torch.Tensor | None,
-    ring_v_BWKD: torch.Tensor | None,
-    window: int,
-    sinks: int,
-    index_queries: bool,
-) -> torch.Tensor | None:
-    """See `kernels.append.rope_append`; returns the index queries."""
-    B, T, _ = qkv_BTM.shape
-    R = 1 if plan.index_q_PRD is None else plan.index_q_PRD.shape[1]
-    index_q_BTPR = None
-    if index_queries:
-        index_q_BTPR = torch.empty(B, T, len(plan.retrieval_heads), R, dtype=torch.float32, device=qkv_BTM.device)
-    if B and T:
-        early_launch = qkv_BTM.is_cuda and torch.cuda.get_device_capability(qkv_BTM.device) >= (9, 0)
-        stores = (k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD)
-        describe(
-            qkv_BTM, plan, cos_SE, sin_SE, lengths_B, counts_B, *stores, window, sinks, index_q_BTPR, qkv_BTM, early_launch=early_launch
-        ).run()
-    return index_q_BTPR
-
-
 def describe(
     qkv_BTM: torch.Tensor,
     plan: AppendPlan,
