@@ -99,19 +99,31 @@ def test_differences_of_the_most_likely_token_count_only_beyond_rounding():
     assert argmax_report(torch.tensor([[[3.0, 3.1]]]), torch.tensor([[[3.05, 3.0]]]))["argmax_differences"] == 0
 
 
+def test_in_float32_no_token_may_differ(tmp_path):
+    want = torch.randn(40, 2, 50, generator=torch.Generator().manual_seed(0))
+    got = want * 1.00001
+    check({"dtype": "float32", "tolerance": 1e-3, **compare_logits(got, want)}, tmp_path)
+    got[3, 1] = 1.01 * want[3, 1]
+    with pytest.raises(ValueError, match=r"more than 0 of 80 tokens differ .* by a relative 0\.01"):
+        check({"dtype": "float32", "tolerance": 1e-3, **compare_logits(got, want)}, tmp_path)
+    got[3, 1] = want[3, 1].flip(0)
+    with pytest.raises(ValueError, match="differs in 1 of 80 places"):
+        check({"dtype": "float32", "tolerance": 9.0, **compare_logits(got, want)}, tmp_path)
+
+
 def test_an_engine_whose_logits_are_another_models_is_refused(tmp_path):
     generator = torch.Generator().manual_seed(0)
     want = torch.randn(40, 2, 50, generator=generator)
     near = want + 0.01 * torch.randn(40, 2, 50, generator=generator)
     few, many = near.clone(), near.clone()
     few[:2, 0], many[:12, 0] = -want[:2, 0], -want[:12, 0]
-    check({"tolerance": 0.05, **compare_logits(few, want)}, tmp_path)
-    with pytest.raises(ValueError, match="a tenth of the tokens differ"):
-        check({"tolerance": 0.05, **compare_logits(many, want)}, tmp_path)
+    check({"dtype": "bfloat16", "tolerance": 0.05, **compare_logits(few, want)}, tmp_path)
+    with pytest.raises(ValueError, match="more than 8 of 80 tokens differ"):
+        check({"dtype": "bfloat16", "tolerance": 0.05, **compare_logits(many, want)}, tmp_path)
     with pytest.raises(ValueError, match="logits of 80 of 80 tokens are not finite"):
-        check({"tolerance": 0.05, **compare_logits(near * float("nan"), want)}, tmp_path)
+        check({"dtype": "bfloat16", "tolerance": 0.05, **compare_logits(near * float("nan"), want)}, tmp_path)
     with pytest.raises(ValueError, match="the most likely token differs in 9 of 80 places"):
-        check({"tolerance": 3.0, **compare_logits(many, want)}, tmp_path)
+        check({"dtype": "bfloat16", "tolerance": 3.0, **compare_logits(many, want)}, tmp_path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -126,7 +138,7 @@ def test_a_few_logits_that_are_not_finite_are_refused_and_hide_no_other_differen
     assert differences > 5
     for token in ((20, 0), (21, 1), (39, 1)):
         (got, want)[place][token][7] = value
-    report = {"tolerance": 0.05, **compare_logits(got, want)}
+    report = {"dtype": "bfloat16", "tolerance": 0.05, **compare_logits(got, want)}
     assert report["not_finite_tokens"] == 3
     assert report["argmax_differences"] >= differences
     with pytest.raises(ValueError, match="logits of 3 of 80 tokens are not finite"):
@@ -139,9 +151,9 @@ def test_no_more_than_a_tenth_of_the_tokens_may_exceed_the_tolerance(tmp_path, t
     for wrong in (tokens // 10, tokens // 10 + 1):
         got = want * 1.001
         got[:wrong] = 1.5 * want[:wrong]
-        report = {"tolerance": 0.05, **compare_logits(got, want)}
+        report = {"dtype": "bfloat16", "tolerance": 0.05, **compare_logits(got, want)}
         if wrong <= tokens / 10:
             check(report, tmp_path)
         else:
-            with pytest.raises(ValueError, match="more than a tenth of the tokens differ"):
+            with pytest.raises(ValueError, match=f"more than {tokens // 10} of {tokens} tokens differ"):
                 check(report, tmp_path)

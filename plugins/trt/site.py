@@ -18,7 +18,8 @@ Work = Launch | Product
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """device: of tables and counters, "meta" while building. capability: the GPU's, 10 x major + minor. run: takes launches, in order."""
+    """device: of tables and counters, "meta" while building. capability: that the kernels are compiled for, 10 x major + minor.
+    run: takes launches, in order."""
 
     device: torch.device
     capability: int
