@@ -144,7 +144,9 @@ def layer_inputs(layout: str, tokens: int, num: int, *, batch: int = 1, capacity
     return inputs
 
 
-def layer_plan(layout: str, tokens: int, *, batch: int = 1, capacity: int = 0, dense: bool = False, read_once: bool = False, **fused: Any):
+def layer_plan(
+    layout: str, tokens: int, *, batch: int = 1, capacity: int = 0, dense: bool = False, read_once: bool | None = False, **fused: Any
+):
     """A plan of `decode_layer`; options of the one-launch form as measured variants."""
     facts = LAYOUTS[layout]
     shape: dict[str, Any] = {
@@ -282,6 +284,8 @@ def section_batch():
         rows.append(time_select("A", tokens, batch=batch))
         rows.append(time_selected("A", tokens, 0.03, batch=batch))
         rows += [time_decode("A", tokens, impl=impl, batch=batch) for impl in ("fused", "composed")]
+        rows += [time_decode(layout, tokens, impl="composed", batch=batch, read_once=True) for layout in ("A", "C")]
+        rows.append(time_decode("C", tokens, impl="composed", batch=batch))
     return rows
 
 
@@ -290,8 +294,11 @@ def section_layer():
     for tokens in (K32, K128, 1 << 18, 1 << 19, M1):
         dense = time_dense(tokens)
         rows += dense
-        for layout in LAYOUTS if tokens in (K32, K128, M1) else ("A",):
-            rows += compare([time_decode(layout, tokens, impl=impl) for impl in ("fused", "composed")], dense)
+        for layout in LAYOUTS if tokens in (K32, K128, M1) else ("A", "C"):
+            ours = [time_decode(layout, tokens, impl=impl) for impl in ("fused", "composed")]
+            if layout != "B":
+                ours.append(time_decode(layout, tokens, impl="composed", read_once=True))
+            rows += compare(ours, dense)
     return rows + [time_decode(layout, K32, impl=impl, capacity=M1) for layout in LAYOUTS for impl in ("fused", "composed")]
 
 

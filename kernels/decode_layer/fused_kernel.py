@@ -32,6 +32,19 @@ def before(values_x, index_x, index):
 
 
 @triton.jit
+def share_start(place, larger, share):
+    """Where the share of a place begins: the first `larger` of them have one more."""
+    return place * share + tl.minimum(place, larger)
+
+
+@triton.jit
+def place_of(unit, larger, share):
+    """In whose share a unit lies."""
+    beyond = unit - larger * (share + 1)
+    return tl.where(beyond < 0, unit // (share + 1), larger + beyond // tl.maximum(share, 1))
+
+
+@triton.jit
 def stamp(stamp_ptr, program, n: tl.constexpr, STAMPS: tl.constexpr):
     """The time in ns at which a program came here, where benchmarks/decode.py asks for it; see `fused.STAMP_NAMES`."""
     if STAMPS:
@@ -51,9 +64,30 @@ def value_of_key(key):
 
 
 @triton.jit
+def one_part_with(count):
+    """What a part adds to a head's word: the number of parts in the upper half, of ids in the lower."""
+    return count.to(tl.int64) + (tl.full([], 1, tl.int64) << 32)
+
+
+@triton.jit
+def counts_when_listed(word_ptrs_X, parts_X, WAITS: tl.constexpr):
+    """Blocks of every list, once all parts of it are written: one trip to memory tells both."""
+    word_X = tl.zeros_like(parts_X).to(tl.int64)
+    if WAITS:
+        while tl.sum(((word_X >> 32) < parts_X).to(tl.int32)) > 0:
+            word_X = tl.atomic_add(word_ptrs_X, word_X * 0, mask=parts_X > 0, sem="acquire", scope="gpu")
+            word_X = tl.where(parts_X > 0, word_X, 0)
+        tl.debug_barrier()
+    else:
+        word_X = tl.load(word_ptrs_X, mask=parts_X > 0, other=0)
+    return word_X.to(tl.int32)
+
+
+@triton.jit
 def select_jobs(
     selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr, forced_ptr,
-    head_counter_ptr, ids_ptr, count_ptr, SUMS: tl.constexpr, WRITES: tl.constexpr, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr,
+    head_counter_ptr, listed_ptr, ids_ptr, count_ptr,
+    SUMS: tl.constexpr, WRITES: tl.constexpr, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr,
     SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One selector's share of the jobs: a head, or a part of one whose histograms must be summed before any id is written."""
@@ -68,6 +102,7 @@ def select_jobs(
                 max_ptr + start, sum_ptr + start, ids_ptr + start, ids_ptr, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE, False
             )  # fmt: skip
             tl.store(count_ptr + row, count)
+            arrive(listed_ptr + row, one_part_with(count))
         for job in range(selector, parted, selectors):
             row = job // max_parts
             part = job % max_parts
@@ -100,6 +135,7 @@ def select_jobs(
                 )  # fmt: skip
                 if part == parts - 1:
                     tl.store(count_ptr + row, end)
+                arrive(listed_ptr + row, one_part_with(end - offset))
 
 
 @triton.jit
@@ -148,8 +184,9 @@ def decode_layer_kernel(
     local_acc_ptr,  # fp32 [programs + B * K, GROUP, D]: those of the local heads
     local_best_ptr,  # fp32 [programs + B * K, GROUP]
     local_expsum_ptr,  # fp32 [programs + B * K, GROUP]
-    gate_ptr,  # int64 [3 * LINE]: scored, selected, local parts stored; every launch adds `programs` to each
+    gate_ptr,  # int64 [2 * LINE]: scored, local parts stored; every launch adds `programs` to each
     head_counter_ptr,  # int32 [B, H, 2]: parts summed, parts attended; zero between launches
+    listed_ptr,  # int64 [2, B, H]: parts and ids written; each launch fills one half and clears the other
     stamp_ptr,  # int64 [programs, LINE], with STAMPS
     ids_ptr,  # int32 [B, H, N]
     count_ptr,  # int32 [B, H]
@@ -225,6 +262,10 @@ def decode_layer_kernel(
             tl.atomic_max(top_ptr + row_G, ordered_key(best_G), mask=(head_G >= 0) & (best_G > float("-inf")), sem="relaxed", scope="gpu")
             pos = segment_stop
     stamp(stamp_ptr, program, 1, STAMPS)
+    job_X = tl.arange(0, JOBS_PADDED)
+    real_X = job_X < num_jobs
+    if PHASE == 1 and program == 0:
+        tl.store(listed_ptr + job_X, tl.zeros([JOBS_PADDED], tl.int64), mask=real_X)
     rank = program
     target = tl.zeros([], tl.int64)
     ticket = tl.zeros([], tl.int64)
@@ -232,6 +273,11 @@ def decode_layer_kernel(
         ticket = arrive(gate_ptr)
         rank = (ticket % programs).to(tl.int32)
         target = ticket - rank + programs
+        # The first arrivals of all launches alternate between two halves of the words; the half of the next launch is cleared here.
+        half = ((target // programs) % 2).to(tl.int32) * num_jobs
+        if rank == 0:
+            tl.store(listed_ptr + (num_jobs - half) + job_X, tl.zeros([JOBS_PADDED], tl.int64), mask=real_X)
+        listed_ptr += half
         stamp(stamp_ptr, program, 2, STAMPS)
 
     # Second stretch: those that arrived last select, the others attend for the local heads. Where half of the programs had nothing
@@ -248,24 +294,30 @@ def decode_layer_kernel(
             stamp(stamp_ptr, program, 3, STAMPS)
         select_jobs(
             selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr,
-            forced_ptr, head_counter_ptr, ids_ptr, count_ptr, PHASE != 3, PHASE != 2, TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS,
+            forced_ptr, head_counter_ptr, listed_ptr, ids_ptr, count_ptr, PHASE != 3, PHASE != 2,
+            TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS,
         )  # fmt: skip
         stamp(stamp_ptr, program, 4, STAMPS)
-        if PHASE == 0:
-            arrive(gate_ptr + LINE, tl.where(selector == 0, programs - selectors + 1, 1))
 
-    # Local jobs: one a sequence and KV group with local heads; their slots are divided into equal shares.
+    # Local jobs: one a sequence and KV group with local heads; their slots are divided between places. With one sequence every job has
+    # as many places of its own: two spans in a share take almost twice as long as one.
     local_K = (retrieval_K < GROUP).to(tl.int32)
     num_local = tl.sum(local_K)
     nth_K = tl.cumsum(local_K, axis=0) - local_K
     filled_B = tl.minimum(length_B, slots)
     units_B = tl.cdiv(filled_B, UNIT)
     local_ends_B = tl.cumsum(units_B, axis=0) * num_local
-    local_share = tl.maximum(tl.cdiv(tl.sum(units_B) * num_local, workers), 1)
+    strands = tl.where((batch == 1) & (num_local <= workers), tl.maximum(num_local, 1), 1)
+    strand_units = tl.sum(units_B) * num_local // strands
+    places = workers // strands
+    share = strand_units // places
+    larger = strand_units - share * places
     group_L = tl.arange(0, GROUP_PADDED)
     if (PHASE == 0 or PHASE == 2) and (rank < workers):
-        pos = rank * local_share
-        stop = tl.minimum(pos + local_share, tl.sum(units_B) * num_local)
+        strand = rank % strands
+        place = rank // strands
+        pos = strand * strand_units + share_start(tl.minimum(place, places), larger, share)
+        stop = strand * strand_units + share_start(tl.minimum(place + 1, places), larger, share)
         while pos < stop:
             b = tl.sum((local_ends_B <= pos).to(tl.int32))
             units = at(units_B, batch_B, b)
@@ -301,17 +353,15 @@ def decode_layer_kernel(
             if segment_stop - pos == units:
                 store_normalised(out_ptr + b * stride_ob, stride_oh, head_L, used_L, acc_LD, expsum_L, D, D_PADDED)
             else:
-                row_L = (rank + item) * GROUP + group_L
+                row_L = (strand * places + place + item) * GROUP + group_L
                 store_partial(local_acc_ptr, local_best_ptr, local_expsum_ptr, row_L, used_L, acc_LD, best_L, expsum_L, D, D_PADDED)
             pos = segment_stop
         stamp(stamp_ptr, program, 5, STAMPS)
         if PHASE == 0:
-            arrive(gate_ptr + 2 * LINE, tl.where(rank == 0, programs - workers + 1, 1))
+            arrive(gate_ptr + LINE, tl.where(rank == 0, programs - workers + 1, 1))
 
     # Third stretch: all programs attend to equal shares of all lists; the last one of a head merges its parts.
     if PHASE == 0 or PHASE == 4:
-        job_X = tl.arange(0, JOBS_PADDED)
-        real_X = job_X < num_jobs
         row_x = tl.arange(0, 16)
         retained_K = tl.where(group_K < num_retained, retrieval_K, 0)
         upto_K = tl.cumsum(retained_K, axis=0)
@@ -325,24 +375,27 @@ def decode_layer_kernel(
             q_xD = tl.load(
                 q_ptr + offset_x[:, None] + dim_D[None, :], mask=(row_x < num_jobs)[:, None] & (dim_D < D)[None, :], other=0.0
             )  # fmt: skip
-        if PHASE == 0:
-            wait_until(gate_ptr + LINE, target, tl.zeros([], tl.int64))
-            stamp(stamp_ptr, program, 6, STAMPS)
+        parts_X = real_X.to(tl.int32)
+        if max_parts > 1:
+            blocks_XB = tl.where((job_X // num_heads)[:, None] == batch_B[None, :], blocks_B[None, :], 0)
+            parts_X, _ = parts_of(tl.sum(blocks_XB, axis=1), SELECT_TILE, PART_BLOCKS, PARTS)
+            parts_X = tl.where(real_X, parts_X, 0)
+        units_X = counts_when_listed(listed_ptr + job_X, parts_X, PHASE == 0) * (BLOCK // UNIT)
+        stamp(stamp_ptr, program, 6, STAMPS)
         if program == programs - 1:
             tl.store(head_counter_ptr + 2 * job_X, tl.zeros([JOBS_PADDED], tl.int32), mask=real_X)
             tl.store(top_ptr + job_X, tl.full([JOBS_PADDED], NEVER, tl.int32), mask=real_X)
-        units_X = tl.load(count_ptr + job_X, mask=real_X, other=0, cache_modifier=".cg") * (BLOCK // UNIT)
-        ends_X = tl.cumsum(units_X, axis=0)
-        total = tl.sum(units_X)
-        # Whole steps: less takes as long, and makes more parts to merge.
-        share = tl.maximum(tl.cdiv(tl.cdiv(total, programs), STEP // UNIT), 1) * (STEP // UNIT)
-        pos = program * share
-        stop = tl.minimum(pos + share, total)
-        while pos < stop:
-            job = tl.sum((ends_X <= pos).to(tl.int32))
+        # Every list is cut into chunks of equal whole steps: less than a step takes as long as one, and makes more parts to merge.
+        chunk = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(units_X), tl.maximum(programs - num_jobs, programs // 2)), STEP // UNIT), 1)
+        chunk *= STEP // UNIT
+        chunks_X = tl.cdiv(units_X, chunk)
+        ends_X = tl.cumsum(chunks_X, axis=0)
+        for place in range(program, tl.sum(chunks_X), programs):
+            job = tl.sum((ends_X <= place).to(tl.int32))
             units = at(units_X, job_X, job)
-            start = at(ends_X, job_X, job) - units
-            segment_stop = tl.minimum(stop, start + units)
+            chunks = at(chunks_X, job_X, job)
+            first_place = at(ends_X, job_X, job) - chunks
+            start = (place - first_place) * chunk
             group = tl.sum((upto_K <= job % num_heads).to(tl.int32))
             head = group * GROUP + job % num_heads - before(retained_K, group_K, group)
             b = (job // num_heads).to(tl.int64)
@@ -356,40 +409,40 @@ def decode_layer_kernel(
             offset = b * stride_kb + group.to(tl.int64) * stride_kh
             best_x, expsum_x, acc_xD = attend_span(
                 q_xD, k_ptr + offset, v_ptr + offset, ids_ptr + job.to(tl.int64) * capacity, ids_ptr,
-                (pos - start) * UNIT, (segment_stop - start) * UNIT, at(length_B, batch_B, b), 0, 0, stride_ks, stride_ks, scale_log2,
+                start * UNIT, tl.minimum(start + chunk, units) * UNIT, at(length_B, batch_B, b), 0, 0, stride_ks, stride_ks, scale_log2,
                 True, False, False, BLOCK, STEP, D, 16, D_PADDED, STAGES,
             )  # fmt: skip
-            if segment_stop - pos == units:
+            if chunks == 1:
                 out_x = head + tl.zeros([16], tl.int32)
                 store_normalised(out_ptr + b * stride_ob, stride_oh, out_x, used_x, acc_xD, expsum_x, D, D_PADDED)
             else:
-                part_x = program + job + tl.zeros([16], tl.int32)
+                part_x = place + tl.zeros([16], tl.int32)
                 store_partial(acc_ptr, best_ptr, expsum_ptr, part_x, used_x, acc_xD, best_x, expsum_x, D, D_PADDED)
-                first_program = start // share
-                chunks = (start + units - 1) // share - first_program + 1
                 if arrive(head_counter_ptr + 2 * job + 1) == chunks - 1:
                     tl.store(head_counter_ptr + 2 * job + 1, 0)
-                    row = first_program + job
-                    out_D, lse = merge_head(acc_ptr + row * D, best_ptr + row, expsum_ptr + row, chunks, 1, D, D_PADDED, MERGE_TILE)
+                    out_D, lse = merge_head(
+                        acc_ptr + first_place * D, best_ptr + first_place, expsum_ptr + first_place, chunks, 1, D, D_PADDED, MERGE_TILE
+                    )  # fmt: skip
                     out_ptrs_D = out_ptr + b * stride_ob + head * stride_oh + dim_D
                     tl.store(out_ptrs_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
-            pos = segment_stop
 
         stamp(stamp_ptr, program, 7, STAMPS)
         # The local heads' parts were stored long ago; programs without blocks come first.
         merge = programs - 1 - program
         if PHASE == 0 and merge < batch * num_groups * GROUP:
-            wait_until(gate_ptr + 2 * LINE, target, tl.zeros([], tl.int64))
+            wait_until(gate_ptr + LINE, target, tl.zeros([], tl.int64))
         for head in range(merge, batch * num_groups * GROUP, programs):
             b = head // (num_groups * GROUP)
             group = head // GROUP % num_groups
             units = at(units_B, batch_B, b)
             nth = at(nth_K, group_K, group)
             start = at(local_ends_B, batch_B, b) - units * (num_local - nth)
-            first_worker = start // local_share
-            chunks = (start + units - 1) // local_share - first_worker + 1
+            strand = start // tl.maximum(strand_units, 1)
+            start -= strand * strand_units
+            first_place = place_of(start, larger, share)
+            chunks = place_of(start + units - 1, larger, share) - first_place + 1
             if (head % GROUP >= at(retrieval_K, group_K, group)) & (units > 0) & (chunks > 1):
-                row = (first_worker + b * num_local + nth) * GROUP + head % GROUP
+                row = (strand * places + first_place + b * num_local + nth) * GROUP + head % GROUP
                 out_D, lse = merge_head(
                     local_acc_ptr + row * D, local_best_ptr + row, local_expsum_ptr + row, chunks, GROUP, D, D_PADDED, MERGE_TILE
                 )

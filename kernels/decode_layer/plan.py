@@ -14,6 +14,9 @@ from rtpurbo.kernels.sparse_attention import AttendPlan, plan_attention
 
 # Of a ring all blocks are known beforehand: small steps leave room beside the selection (benchmarks/decode.md).
 RING_STEP_BLOCKS, RING_STAGES = 1, 4
+# Where reading shared blocks once was worth it (benchmarks/decode.md): retrieval heads a retained group on average; tokens of all
+# sequences, where every head of the retained groups retrieves and where some are local.
+READ_ONCE_HEADS, READ_ONCE_TOKENS_WHOLE, READ_ONCE_TOKENS = 4, 1 << 17, 1 << 19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +109,17 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tuple(tensor.shape)
 
 
+def reads_once(retrieval_counts: Sequence[int], group_size: int, tokens: int) -> bool:
+    """Whether heads of a KV group share so much at that many cached tokens of all sequences that a block is better read once.
+
+    The choice of least regret: at 1M tokens with layout A (5 of 8 heads) it takes 105 us against 99 where 3 % are selected, and 186
+    against 257 where 25 % are.
+    """
+    whole = all(count == group_size for count in retrieval_counts)
+    shared = sum(retrieval_counts) >= READ_ONCE_HEADS * max(1, len(retrieval_counts))
+    return shared and tokens >= (READ_ONCE_TOKENS_WHOLE if whole else READ_ONCE_TOKENS)
+
+
 def plan_decode_layer(
     *,
     group_size: int,
@@ -120,7 +134,7 @@ def plan_decode_layer(
     block_size: int,
     device: torch.device | str,
     dense: bool = False,
-    read_once: bool = False,
+    read_once: bool | None = None,
 ) -> DecodeLayerPlan:
     """Divide the work of `decode_layer` and allocate its scratch memory.
 
@@ -131,7 +145,8 @@ def plan_decode_layer(
         batch, capacity: largest batch and tokens of a sequence.
         head_dim, window, sinks, block_size: D; visible keys of local heads; tokens a block.
         dense: all groups are retained and every head reads everything (counts and key sets are not used).
-        read_once: let the separate launches read a block that several heads of a KV group selected once (`attend_grouped`).
+        read_once: let the separate launches read a block that several heads of a KV group selected once (`attend_grouped`);
+            None: on a GPU where it was measured to be worth it, see `reads_once`.
 
     Raises ValueError for counts that do not fit the groups.
     """
@@ -142,6 +157,9 @@ def plan_decode_layer(
         raise ValueError(
             f"plan_decode_layer: retrieval_counts {list(counts)} and {len(sets)} key sets do not fit {num_groups} groups of {group_size}"
         )
+
+    if read_once is None:
+        read_once = device.type == "cuda" and reads_once(counts, group_size, batch * capacity)
 
     def attention(first_H: Sequence[int], stop_H: Sequence[int], kv_J: Sequence[int], **options: Any) -> AttendPlan | None:
         jobs = [range(first, stop) for first, stop in zip(first_H, stop_H, strict=True)]
