@@ -8,6 +8,7 @@ from kernel_compiler import compile_for
 
 from rtpurbo.kernels.decode_layer import DecodeStep, choose_impl, decode_layer, plan_decode_layer
 from rtpurbo.kernels.decode_layer.fused import describe, is_faster, plan_fused
+from rtpurbo.kernels.decode_layer.plan import reads_once
 from rtpurbo.kernels.division import num_processors_of
 from rtpurbo.kernels.local_attention import attend_local, ring_positions
 from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
@@ -303,6 +304,36 @@ def test_blocks_read_once_for_a_group_equal_fp64(run, layer, lengths):
 def test_narrow_index_keys_decode_as_in_fp64(run, impl, index_dim):
     request = layer_request(**LAYERS["groups of 4, differing counts"], lengths=[64 * 17, 700], impl=impl, index_dim=index_dim)
     assert_equals_fp64(run, request)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_one_plan_serves_smaller_batches_in_any_order():
+    lengths = [64 * 17 + 5, 64 * 16, 700]
+    request = layer_request(**LAYERS["groups of 4, differing counts"], lengths=lengths, impl="fused", dtype=torch.bfloat16, device="cuda")
+    plan = plan_decode_layer(**request["plan"], device="cuda")
+    whole = None
+    for batch in [3, 1, 3, 2, 2, 1, 1, 3] * 4:
+        step = {name: None if request[name] is None else request[name][:batch] for name in TENSORS}
+        out, (ids, count) = decode_layer(
+            **step, plan=plan, lengths_B=torch.tensor(lengths[:batch], dtype=torch.int32, device="cuda"), scale=request["scale"],
+            index_scale=1.0, top_p=0.9, impl="fused",
+        )  # fmt: skip
+        listed = torch.where(torch.arange(ids.shape[2], device="cuda") < count[..., None], ids, -1)
+        whole = whole or (out, listed, count)
+        assert all(torch.equal(mine, all_[:batch]) for mine, all_ in zip((out, listed, count), whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("counts", "tokens", "once"),
+    [
+        ((8,), 1 << 17, True), ((8,), 1 << 16, False), ((5,), 1 << 19, True), ((5,), 1 << 18, False), ((2, 1, 1, 1), 1 << 21, False),
+        ((), 1 << 21, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_blocks_are_read_once_where_a_group_shares_many(counts, tokens, once):
+    assert reads_once(counts, 8, tokens) == once
 
 
 QWEN = {"group_size": 8, "num_groups": 4, "dim": 128, "window": 8192}

@@ -66,7 +66,7 @@ class FusedPlan:
     local_sum_LG: torch.Tensor
     gates: torch.Tensor
     head_counters: torch.Tensor
-    listed_2BH: torch.Tensor
+    listed_2X: torch.Tensor
     stamps: torch.Tensor | None
 
 
@@ -140,7 +140,7 @@ def plan_fused(
         local_sum_LG=scratch(local_slots, group_size),
         gates=torch.zeros(32, dtype=torch.int64, device=device),
         head_counters=torch.zeros(batch, H, 2, dtype=torch.int32, device=device),
-        listed_2BH=torch.zeros(2, batch, H, dtype=torch.int64, device=device),
+        listed_2X=torch.zeros(2, next_power_of_2(batch * H), dtype=torch.int64, device=device),
         stamps=torch.zeros(programs, 16, dtype=torch.int64, device=device) if stamps else None,
     )  # fmt: skip
 
@@ -209,7 +209,7 @@ def describe(
         plan.key_set_H, plan.first_set_J, plan.first_head_J, plan.retrieval_K,
         plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb, plan.forced_BHP,
         plan.acc_LD, plan.best_L, plan.sum_L, plan.local_acc_LGD, plan.local_best_LG, plan.local_sum_LG,
-        plan.gates, plan.head_counters, plan.listed_2BH, plan.gates if plan.stamps is None else plan.stamps, ids_BHN, count_BH,
+        plan.gates, plan.head_counters, plan.listed_2X, plan.gates if plan.stamps is None else plan.stamps, ids_BHN, count_BH,
         B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,
         float(step.scale) * LOG2E, float(step.index_scale),
         q_BHD.stride(0), q_BHD.stride(1), k_BSKD.stride(0), k_BSKD.stride(1), k_BSKD.stride(2),

@@ -186,7 +186,7 @@ def decode_layer_kernel(
     local_expsum_ptr,  # fp32 [programs + B * K, GROUP]
     gate_ptr,  # int64 [2 * LINE]: scored, local parts stored; every launch adds `programs` to each
     head_counter_ptr,  # int32 [B, H, 2]: parts summed, parts attended; zero between launches
-    listed_ptr,  # int64 [2, B, H]: parts and ids written; each launch fills one half and clears the other
+    listed_ptr,  # int64 [2, JOBS_PADDED]: parts and ids written, by job; each launch fills one half and clears the other
     stamp_ptr,  # int64 [programs, LINE], with STAMPS
     ids_ptr,  # int32 [B, H, N]
     count_ptr,  # int32 [B, H]
@@ -265,7 +265,7 @@ def decode_layer_kernel(
     job_X = tl.arange(0, JOBS_PADDED)
     real_X = job_X < num_jobs
     if PHASE == 1 and program == 0:
-        tl.store(listed_ptr + job_X, tl.zeros([JOBS_PADDED], tl.int64), mask=real_X)
+        tl.store(listed_ptr + job_X, tl.zeros([JOBS_PADDED], tl.int64))
     rank = program
     target = tl.zeros([], tl.int64)
     ticket = tl.zeros([], tl.int64)
@@ -273,11 +273,11 @@ def decode_layer_kernel(
         ticket = arrive(gate_ptr)
         rank = (ticket % programs).to(tl.int32)
         target = ticket - rank + programs
-        # The first arrivals of all launches alternate between two halves of the words; the half of the next launch is cleared here.
-        half = ((target // programs) % 2).to(tl.int32) * num_jobs
+        # Launches alternate between two halves of the words; the first program to arrive clears the half of the next launch.
+        half = ((target // programs) % 2).to(tl.int32)
         if rank == 0:
-            tl.store(listed_ptr + (num_jobs - half) + job_X, tl.zeros([JOBS_PADDED], tl.int64), mask=real_X)
-        listed_ptr += half
+            tl.store(listed_ptr + (1 - half) * JOBS_PADDED + job_X, tl.zeros([JOBS_PADDED], tl.int64))
+        listed_ptr += half * JOBS_PADDED
         stamp(stamp_ptr, program, 2, STAMPS)
 
     # Second stretch: those that arrived last select, the others attend for the local heads. Where half of the programs had nothing
