@@ -3,8 +3,10 @@
 import ctypes
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,10 +101,17 @@ def compile_cubins(wanted: Mapping[int, Iterable[Launch]], folder: Path, *, prog
     jobs = [(capability, *one) for capability, launches in wanted.items() for one in distinct(launches)]
     folder.mkdir()
     entries: list[dict[str, Any]] = []
-    for capability, variant, kernel in jobs:
-        entries.append(_compile(variant, kernel, capability, folder))
-        if progress is not None:
-            progress(len(entries), len(jobs))
+    # Threads suffice: the compiler and the assembler work outside of Python's lock.
+    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, max(1, len(jobs)))) as pool:
+        futures = [pool.submit(_compile, variant, kernel, capability, folder) for capability, variant, kernel in jobs]
+        try:
+            for future in futures:
+                entries.append(future.result())
+                if progress is not None:
+                    progress(len(entries), len(jobs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     index = {"format": INDEX_FORMAT, "kernels_sha256": kernels_digest(), "capabilities": list(wanted), "cubins": entries}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n")
     return index
