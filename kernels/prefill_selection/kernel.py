@@ -167,7 +167,7 @@ def describe_select(
 ) -> Launch:  # fmt: skip
     """The launch that fills the lists from pooled keys."""
     B, H, Q, N = ids_BHQN.shape
-    tile = max(triton.next_power_of_2(N), 128)
+    tile = tile_of(N)
     return Launch(
         kernel=_select, grid=(Q, B * H),
         arguments=(
@@ -177,6 +177,14 @@ def describe_select(
         constants={**_shape(block, index_q_BTHR.shape[3]), "TILE": tile, "TOP_P": float(top_p), "MAX": pooling == "max"},
         num_warps=min(16, max(1, tile // 512)),
     )  # fmt: skip
+
+
+def tile_of(blocks: int) -> int:
+    """Blocks of a program's tile: steps of four, since each is compiled when a growing prompt first needs it, a second each."""
+    tile = 128
+    while tile < blocks:
+        tile *= 4
+    return tile
 
 
 def _shape(block: int, R: int) -> dict[str, int]:
