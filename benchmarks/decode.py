@@ -7,6 +7,7 @@ Run from the repository root: `python benchmarks/decode.py --out benchmarks/deco
 import argparse
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,30 @@ def section_stamps():
     return [result for tokens in (K32, K128, M1) for layout in LAYOUTS for result in time_stamps(layout, tokens)]
 
 
-SECTIONS = {"select": section_select, "sweep": section_sweep, "batch": section_batch, "layer": section_layer, "stamps": section_stamps}
+def section_options():
+    """Options of the one launch beside their defaults; their kernels are compiled together first."""
+    options: list[dict[str, Any]] = [
+        {}, {"local_stages": 1}, {"local_stages": 2}, {"local_step": 32, "local_stages": 2}, {"local_step": 32, "local_stages": 3},
+        {"stages": 1}, {"stages": 2}, {"merge_tile": 16}, {"merge_tile": 64}, {"score_stages": 2},
+    ]  # fmt: skip
+    cases = [(layout, tokens, option) for tokens in (K32, K128, M1) for layout in ("A", "C") for option in options]
+
+    def compiled(case: tuple[str, int, dict[str, Any]]) -> None:
+        layout, tokens, option = case
+        (tensors,) = layer_inputs(layout, tokens, 1)
+        plan = layer_plan(layout, tokens, **option)
+        decode_layer(**tensors, plan=plan, lengths_B=lengths_of(1, tokens), scale=SCALE, index_scale=1.0, top_p=0.9, impl="fused")
+        torch.cuda.synchronize()
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(compiled, cases))
+    return [time_decode(layout, tokens, impl="fused", **option) for layout, tokens, option in cases]
+
+
+SECTIONS = {
+    "select": section_select, "sweep": section_sweep, "batch": section_batch, "layer": section_layer, "stamps": section_stamps,
+    "options": section_options,
+}  # fmt: skip
 
 
 def main():
