@@ -1,4 +1,4 @@
-"""The whole decode step of a layer as one launch in Triton: programs that run all at once pass three gates together."""
+"""The whole decode step of a layer as one launch in Triton: programs that run all at once and wait for each other."""
 # Triton's compiler, not Python's type rules, decides what the jitted functions mean:
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportAssignmentType=false
@@ -7,155 +7,28 @@
 # G heads of a group of sets (padded)  L heads of a KV group (padded)  D head dim  R index dim  N blocks  P parts of a head's selection
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, wait_until
-from rtpurbo.kernels.block_selection.histogram import BINS, bins_and_offset, parts_of, select_whole, sum_part, write_ids
+from rtpurbo.kernels.block_selection.histogram import parts_of
 from rtpurbo.kernels.block_selection.scoring import score_chunk
+from rtpurbo.kernels.decode_layer.fused_parts import (
+    LINE,
+    at,
+    before,
+    counts_when_listed,
+    ordered_key,
+    place_of,
+    select_jobs,
+    share_start,
+    stamp,
+    store_normalised,
+    store_partial,
+)
 from rtpurbo.kernels.sparse_attention.kernel import attend_span, merge_head
 
 # Keys that are not divided between programs.
 UNIT = tl.constexpr(16)
 NEVER = tl.constexpr(-(1 << 31))
-# Counters lie in memory lines of their own.
-LINE = tl.constexpr(16)
-
-
-@triton.jit
-def at(values_x, index_x, index):
-    return tl.sum(tl.where(index_x == index, values_x, 0))
-
-
-@triton.jit
-def before(values_x, index_x, index):
-    return tl.sum(tl.where(index_x < index, values_x, 0))
-
-
-@triton.jit
-def share_start(place, larger, share):
-    """Where the share of a place begins: the first `larger` of them have one more."""
-    return place * share + tl.minimum(place, larger)
-
-
-@triton.jit
-def place_of(unit, larger, share):
-    """In whose share a unit lies."""
-    beyond = unit - larger * (share + 1)
-    return tl.where(beyond < 0, unit // (share + 1), larger + beyond // tl.maximum(share, 1))
-
-
-@triton.jit
-def stamp(stamp_ptr, program, n: tl.constexpr, STAMPS: tl.constexpr):
-    """The time in ns at which a program came here, where benchmarks/decode.py asks for it; see `fused.STAMP_NAMES`."""
-    if STAMPS:
-        tl.store(stamp_ptr + program * LINE + n, cuda.globaltimer())
-
-
-@triton.jit
-def ordered_key(value):
-    """int32 that sorts like the fp32 value, so that an integer maximum serves."""
-    bits = value.to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def value_of_key(key):
-    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def one_part_with(count):
-    """What a part adds to a head's word: the number of parts in the upper half, of ids in the lower."""
-    return count.to(tl.int64) + (tl.full([], 1, tl.int64) << 32)
-
-
-@triton.jit
-def counts_when_listed(word_ptrs_X, parts_X, WAITS: tl.constexpr):
-    """Blocks of every list, once all parts of it are written: one trip to memory tells both."""
-    word_X = tl.zeros_like(parts_X).to(tl.int64)
-    if WAITS:
-        while tl.sum(((word_X >> 32) < parts_X).to(tl.int32)) > 0:
-            word_X = tl.atomic_add(word_ptrs_X, word_X * 0, mask=parts_X > 0, sem="acquire", scope="gpu")
-            word_X = tl.where(parts_X > 0, word_X, 0)
-        tl.debug_barrier()
-    else:
-        word_X = tl.load(word_ptrs_X, mask=parts_X > 0, other=0)
-    return word_X.to(tl.int32)
-
-
-@triton.jit
-def select_jobs(
-    selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr, forced_ptr,
-    head_counter_ptr, listed_ptr, ids_ptr, count_ptr,
-    SUMS: tl.constexpr, WRITES: tl.constexpr, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr,
-    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """One selector's share of the jobs: a head, or a part of one whose histograms must be summed before any id is written."""
-    # A dynamic bound, not a branch: each loop is compiled once.
-    whole = tl.where(max_parts == 1, jobs, 0)
-    parted = jobs - whole
-    if SUMS:
-        for row in range(selector, whole, selectors):
-            blocks = at(blocks_B, batch_B, row // num_heads)
-            start = (tl.zeros([], tl.int64) + row) * capacity
-            count = select_whole(
-                max_ptr + start, sum_ptr + start, ids_ptr + start, ids_ptr, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE, False
-            )  # fmt: skip
-            tl.store(count_ptr + row, count)
-            arrive(listed_ptr + row, one_part_with(count))
-        for job in range(selector, parted, selectors):
-            row = job // max_parts
-            part = job % max_parts
-            blocks = at(blocks_B, batch_B, row // num_heads)
-            parts, part_blocks = parts_of(blocks, SELECT_TILE, PART_BLOCKS, PARTS)
-            if part < parts:
-                start = (tl.zeros([], tl.int64) + row) * capacity
-                lo = part * part_blocks
-                top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
-                sum_part(
-                    max_ptr + start, sum_ptr + start, histogram_ptr + (row * PARTS + part) * BINS, forced_ptr + row * PARTS + part,
-                    top, lo, tl.minimum(lo + part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS,
-                )  # fmt: skip
-                arrive(head_counter_ptr + 2 * row)
-    if WRITES:
-        for job in range(selector, parted, selectors):
-            row = job // max_parts
-            part = job % max_parts
-            blocks = at(blocks_B, batch_B, row // num_heads)
-            parts, part_blocks = parts_of(blocks, SELECT_TILE, PART_BLOCKS, PARTS)
-            if part < parts:
-                start = (tl.zeros([], tl.int64) + row) * capacity
-                lo = part * part_blocks
-                top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
-                wait_until(head_counter_ptr + 2 * row, parts, tl.zeros([], tl.int32))
-                bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
-                end = write_ids(
-                    max_ptr + start, ids_ptr + start, ids_ptr, offset, top, bins, lo, tl.minimum(lo + part_blocks, blocks), blocks,
-                    SINK_BLOCKS, PART_BLOCKS, False,
-                )  # fmt: skip
-                if part == parts - 1:
-                    tl.store(count_ptr + row, end)
-                arrive(listed_ptr + row, one_part_with(end - offset))
-
-
-@triton.jit
-def store_normalised(out_ptr, stride_oh, row_G, used_G, acc_GD, sum_G, D: tl.constexpr, D_PADDED: tl.constexpr):
-    dim_D = tl.arange(0, D_PADDED)
-    out_GD = acc_GD / sum_G[:, None]
-    tl.store(
-        out_ptr + row_G[:, None] * stride_oh + dim_D[None, :], out_GD.to(out_ptr.dtype.element_ty),
-        mask=used_G[:, None] & (dim_D < D)[None, :],
-    )  # fmt: skip
-
-
-@triton.jit
-def store_partial(
-    acc_ptr, best_ptr, sum_ptr, row_G, used_G, acc_GD, best_G, sum_G, D: tl.constexpr, D_PADDED: tl.constexpr
-):  # fmt: skip
-    dim_D = tl.arange(0, D_PADDED)
-    tl.store(best_ptr + row_G, best_G, mask=used_G)
-    tl.store(sum_ptr + row_G, sum_G, mask=used_G)
-    tl.store(acc_ptr + row_G[:, None] * D + dim_D[None, :], acc_GD, mask=used_G[:, None] & (dim_D < D)[None, :])
 
 
 @triton.jit
