@@ -139,7 +139,7 @@ def convert(
     recipe = _recipe(model, options)
     engine_out = out.with_name(out.name + "-engine")
     if engine:
-        from rtpurbo.converter.package import refuse_existing
+        from rtpurbo.manifests.output import refuse_existing
         from rtpurbo.plugins.trt.library import require_installed
 
         require_installed("onnx", "triton")
@@ -207,8 +207,8 @@ def package(work: Path, out: Path) -> None:
     """Write the artifact of a finished work folder."""
     from rtpurbo.converter.conversion import reopen
     from rtpurbo.converter.convert import run_package
-    from rtpurbo.converter.package import refuse_existing
     from rtpurbo.converter.progress import Progress
+    from rtpurbo.manifests.output import refuse_existing
 
     refuse_existing(out)
     with Progress() as report:

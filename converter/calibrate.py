@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rtpurbo.converter.attention import IMPLEMENTATION, dense_attention
 from rtpurbo.converter.checkpoint import Checkpoint, load_embedding, load_rotary, stream_layers
 from rtpurbo.converter.needle import NeedleDocument
 from rtpurbo.converter.recipe import Recipe
+from rtpurbo.converter.work import write_tensors
 from rtpurbo.manifests.architectures import PreRopeTap
 
 
@@ -32,9 +33,7 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write as safetensors; the file appears complete or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        save_file({name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}, partial)
-        partial.replace(path)
+        write_tensors(path, {name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":

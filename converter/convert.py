@@ -9,7 +9,7 @@ import safetensors
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import rtpurbo
 from rtpurbo.converter import checkpoint
@@ -23,11 +23,12 @@ from rtpurbo.converter.distill import cache_teacher, distill
 from rtpurbo.converter.evaluate import evaluate_indexers, evaluate_model, routing_agreement, routing_choices
 from rtpurbo.converter.indexer import index_scale, initial_indexer, mean_rotation, random_indexer
 from rtpurbo.converter.needle import NeedleDocument, NeedleQuestion, calibration_documents, needle_questions
-from rtpurbo.converter.package import refuse_existing, write_artifact
+from rtpurbo.converter.package import write_artifact
 from rtpurbo.converter.recipe import RECIPE_NAME, Recipe
-from rtpurbo.converter.work import binding_digest, readable
+from rtpurbo.converter.work import binding_digest, readable, write_tensors
 from rtpurbo.manifests import architectures
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, file_digest, roles_from_heads
+from rtpurbo.manifests.output import check_space, refuse_existing
 
 _INDEXER = "indexer.safetensors"
 _FINAL_INDEXER = "indexer-final.safetensors"
@@ -60,6 +61,8 @@ def convert(
     refuse_existing(out)
     conversion = begin(model, work_folder(out), recipe=recipe, resume=resume, revision=revision, report=report)
     try:
+        # The artifact is as large as the source: hours of training are no time to learn that it does not fit.
+        check_space(out, conversion.source.size_bytes)
         run_calibration(conversion)
         run_indexer(conversion)
         run_distillation(conversion)
@@ -122,7 +125,7 @@ def run_indexer(c: Conversion) -> None:
     trained = align(model, c.source.architecture, spec, initial, documents, r, c.work, inputs=c.inputs, on_step=c.report.advance)
     indexers = {"random": random_indexer(manifest.index_shapes(), r.seed), "initial": initial, "trained": trained}
     result = evaluate_indexers(model, c.source.architecture, spec, indexers, heldout)
-    _save_tensors(c.work.path(_INDEXER), trained)
+    write_tensors(c.work.path(_INDEXER), trained)
     c.work.write("indexer-data.json", {"train": data_digest(documents), "heldout": data_digest(heldout)})
     c.work.write("indexer.json", result)
     if trained:
@@ -171,7 +174,7 @@ def run_distillation(c: Conversion) -> None:
         c.work.write("before.json", before)
     routing_path = c.work.path("teacher-routing.safetensors")
     if not routing_path.exists():
-        _save_tensors(routing_path, routing_choices(model, c.source.architecture, None, indexer, heldout, c.dtype))
+        write_tensors(routing_path, routing_choices(model, c.source.architecture, None, indexer, heldout, c.dtype))
     with readable(routing_path, "compute it again"):
         teacher_routing = load_file(routing_path)
     c.report.stage("stage 2: distillation", r.distill_steps)
@@ -195,8 +198,8 @@ def run_distillation(c: Conversion) -> None:
     if teacher_routing:
         sparse_routing = routing_choices(model, c.source.architecture, spec, indexer, heldout, c.dtype)
         result["sparse_after"]["routing_agreement"] = routing_agreement(teacher_routing, sparse_routing)
-    _save_tensors(c.work.path(_FINAL_INDEXER), indexer)
-    _save_tensors(c.work.path(_STUDENT), {name: tensor.to("cpu", c.source.tensors[name].dtype) for name, tensor in student.items()})
+    write_tensors(c.work.path(_FINAL_INDEXER), indexer)
+    write_tensors(c.work.path(_STUDENT), {name: tensor.to("cpu", c.source.tensors[name].dtype) for name, tensor in student.items()})
     digests = {"train": data_digest(documents), "heldout": data_digest(heldout)}
     data = {"indexer": c.work.read("indexer-data.json"), "distill": digests}
     c.work.write("distillation.json", {"model": result, "indexer_after_distillation": kept, "data": data})
@@ -347,12 +350,6 @@ def _realign(c: Conversion, model: Any, spec: SparseSpec, indexer: dict[str, tor
 def _source_dtype(source: Checkpoint) -> torch.dtype:
     """The dtype of the checkpoint's embedding: what training copies start from and the artifact is stored in."""
     return source.tensors["model.embed_tokens.weight"].dtype
-
-
-def _save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
 
 
 def _without_heads(values: Mapping[str, Any]) -> dict[str, Any]:

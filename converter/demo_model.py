@@ -3,8 +3,6 @@
 import importlib.util
 import io
 import json
-import os
-import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 from rtpurbo.converter.quiet import quiet_transformers
 from rtpurbo.converter.shards import LOCAL_KEYS, read_json
 from rtpurbo.manifests.manifest import file_digest
+from rtpurbo.manifests.output import appearing
 
 DEMO_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,19 +29,10 @@ def build_demo(folder: Path) -> str:
     if folder.exists():
         _check_record(folder, revision)
         return revision
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+    with appearing(folder) as partial:
         _dequantise(gguf, partial)
-        files = {path.name: file_digest(path).sha256 for path in sorted(partial.iterdir())}
+        files = {path.name: file_digest(path).sha256 for path in sorted(partial.iterdir()) if not path.name.startswith(".")}
         (partial / RECORD).write_text(json.dumps({"revision": revision, "files": files}, indent=1) + "\n", encoding="utf-8")
-        os.rename(partial, folder)
-    except OSError as error:
-        raise ValueError(f"{folder}: the demo model cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return revision
 
 

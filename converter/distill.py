@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from rtpurbo.converter.attention import AttentionContext, SparseAttention, SparseSpec, dense_attention
 from rtpurbo.converter.data import Document, data_digest
@@ -24,6 +24,7 @@ from rtpurbo.converter.work import (
     load_training_state,
     readable,
     save_training_state,
+    write_tensors,
     write_text,
 )
 from rtpurbo.manifests.architectures import Architecture, PreRopeTap
@@ -80,9 +81,7 @@ def cache_teacher(
             with torch.no_grad():
                 logits_AV = answer_logits(model, document, dense_attention, dtype)
             logits, ids = logits_AV.topk(min(top_k, logits_AV.shape[-1]), dim=-1)
-            partial = path.with_name(path.name + ".partial")
-            save_file({"ids": ids.int().cpu().contiguous(), "logits": logits.cpu().contiguous()}, partial)
-            partial.replace(path)
+            write_tensors(path, {"ids": ids.int().cpu(), "logits": logits.cpu()})
         on_document(n)
 
 

@@ -1,11 +1,8 @@
 """Writes an artifact: a Hugging Face checkpoint that loads dense anywhere, plus manifest, indexer, recipe and metrics."""
 
 import dataclasses
-import errno
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from rtpurbo.converter.layout import plan_shards, shard_index
 from rtpurbo.converter.safetensors_format import TensorInfo, header_bytes, read_bytes, tensor_bytes, write_file
 from rtpurbo.converter.shards import CONFIG, LOCAL_KEYS, Checkpoint, read_json
 from rtpurbo.manifests.manifest import INDEXER_NAME, MANIFEST_NAME, SCHEMA_VERSION, FileDigest, Manifest
+from rtpurbo.manifests.output import appearing, check_space, refuse_existing, sync
 
 RECIPE_NAME = "recipe.toml"
 METRICS_NAME = "metrics.json"
@@ -29,15 +27,7 @@ _COPIED = (
     *("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md"),
 )
-# Proof that a folder `<out>.partial` is a leftover of ours, which may be deleted.
-_MARKER = ".rtpurbo-partial"
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-
-
-def refuse_existing(out: Path) -> None:
-    """ValueError when `out` exists in any form, a dangling link included: outputs are never overwritten."""
-    if os.path.lexists(out):
-        raise ValueError(f"{out}: exists already, wanted a new folder; outputs are never overwritten")
 
 
 def write_artifact(
@@ -70,9 +60,8 @@ def write_artifact(
     files = _small_files(checkpoint, recipe_toml, metrics, extra_files or {})
     files |= {name: _json(body) for name, body in shard_index(shards, checkpoint.tensors).items()}
     needed = checkpoint.size_bytes + sum(map(len, files.values())) + sum(t.nbytes for t in indexer.values()) + (1 << 20)
-    _check_space(out, needed)
-    partial = _start_partial(out)
-    try:
+    check_space(out, needed)
+    with appearing(out) as partial:
         digests = {name: write_file(partial / name, [content]) for name, content in files.items()}
         shapes = manifest.index_shapes()
         digests[INDEXER_NAME] = write_file(partial / INDEXER_NAME, _indexer_bytes({name: indexer[name] for name in shapes}))
@@ -84,17 +73,7 @@ def write_artifact(
         }
         complete = dataclasses.replace(manifest, files=listed)
         complete.save(partial / MANIFEST_NAME)
-        _sync(partial / MANIFEST_NAME)
-        _sync(partial)
-        refuse_existing(out)
-        os.rename(partial, out)
-        # Last, so that whatever a killed process leaves behind can be told from a folder of the user's.
-        (out / _MARKER).unlink()
-        _sync(out.parent)
-    except OSError as error:
-        raise _cannot_write(out, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        sync(partial / MANIFEST_NAME)
     return complete
 
 
@@ -155,48 +134,6 @@ def _weight_bytes(infos: Mapping[str, TensorInfo], student: Mapping[str, Callabl
         if bad := int((~torch.isfinite(tensor)).sum()):
             raise ValueError(f"the student's {name} has {bad} values that are not finite in {info.dtype}, wanted none")
         yield tensor_bytes(tensor)
-
-
-def _check_space(out: Path, needed: int) -> None:
-    parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ValueError(f"{out}: needs {needed} bytes of disk space, {parent} has {free} bytes free")
-
-
-def _start_partial(out: Path) -> Path:
-    partial = out.with_name(out.name + ".partial")
-    if os.path.lexists(partial) and not (partial / _MARKER).is_file():
-        raise ValueError(f"{partial}: is in the way and was not left over by an interrupted run, wanted no such path")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        (partial / _MARKER).touch()
-    except OSError as error:
-        raise _cannot_write(out, error) from error
-    return partial
-
-
-def _cannot_write(out: Path, error: OSError) -> ValueError:
-    reasons = {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "a file is larger than the file system or the process limit allows",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "permission denied",
-    }
-    return ValueError(f"{out}: cannot be written: {reasons.get(error.errno or 0, error.strerror or str(error))}")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _json(body: Any, sort_keys: bool = False) -> bytes:

@@ -109,12 +109,10 @@ def save_training_state(
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
-        tensors[f"parameter.{name}"] = parameter.detach().contiguous()
-        tensors[f"first_moment.{name}"] = state["exp_avg"].contiguous()
-        tensors[f"second_moment.{name}"] = state["exp_avg_sq"].contiguous()
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"step": str(step), "binding": binding})
-    partial.replace(path)
+        tensors[f"parameter.{name}"] = parameter.detach()
+        tensors[f"first_moment.{name}"] = state["exp_avg"]
+        tensors[f"second_moment.{name}"] = state["exp_avg_sq"]
+    write_tensors(path, tensors, {"step": str(step), "binding": binding})
 
 
 def load_training_state(path: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, binding: str) -> int:
@@ -159,6 +157,17 @@ def write_text(path: Path, text: str) -> None:
         # A failed write, unlike a failed open, does not say of which file.
         error.filename = error.filename or str(partial)
         raise
+    partial.replace(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file by rename. ValueError when it cannot be written, with what was there before left as it is."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except SafetensorError as error:
+        partial.unlink(missing_ok=True)
+        raise ValueError(f"{path}: cannot be written ({str(error).splitlines()[0][:200]})") from error
     partial.replace(path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,3 +127,10 @@ def test_no_path_of_this_machine_is_in_the_digested_files(tiny_model, tiny_recip
     for path in Path(out).iterdir():
         if path.name in digested and path.suffix in (".json", ".jsonl", ".jinja"):
             assert str(tmp_path.parent) not in path.read_text(), path.name
+
+
+def test_a_disk_without_room_for_the_artifact_is_refused_before_any_work(tiny_model, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("rtpurbo.manifests.output.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"out: needs \d+ bytes of disk space, .* has 1000 bytes free"):
+        rtpurbo.convert(str(tiny_model("llama")), tmp_path / "out", recipe=tiny_recipe())
+    assert not (tmp_path / "out.work" / "calibration.safetensors").exists()

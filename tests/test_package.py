@@ -1,6 +1,7 @@
 """Writing artifacts: they load dense in plain transformers, experts lie side by side, equal bytes, and every refusal leaves nothing."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -18,9 +19,10 @@ from tiny_checkpoints import FAMILIES, VOCABULARY, edit_json, tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rtpurbo.converter.checkpoint import Checkpoint, config_digest, config_with_rope_scaling, open_checkpoint, read_tensor
-from rtpurbo.converter.package import refuse_existing, write_artifact
+from rtpurbo.converter.package import write_artifact
 from rtpurbo.manifests.architectures import head_dim_of
 from rtpurbo.manifests.manifest import BaseModel, Indexer, Manifest, ModelShape, file_digest, roles_from_heads, verify_files
+from rtpurbo.manifests.output import appearing, refuse_existing
 
 RETRIEVAL = [[], [1], [0, 2, 3]]
 
@@ -426,3 +428,55 @@ def test_the_reference_reader_of_the_format_accepts_the_files(opened: Callable[[
         assert file.metadata() == {"format": "pt"}
         for name in file.keys():  # noqa: SIM118
             assert torch.equal(file.get_tensor(name), read_tensor(checkpoint.tensors[name]))
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with appearing(out) as folder:
+        assert folder == partial
+        (folder / "file").write_text("content")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    assert not partial.exists()
+    with pytest.raises(ValueError, match=r"out: exists already"), appearing(out):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "out: cannot be written: the disk is full", ValueError),
+        (OSError(errno.EIO, "Input/output error"), "out: cannot be written: Input/output error", ValueError),
+        (OSError(errno.ENOENT, "No such file", "/elsewhere/weights"), "/elsewhere/weights", FileNotFoundError),
+        (KeyboardInterrupt(), "", KeyboardInterrupt),
+    ],
+    ids=["full", "broken", "another file", "interrupted"],
+)
+def test_a_folder_that_cannot_be_finished_leaves_nothing(tmp_path: Path, error: BaseException, said: str, kind: type[BaseException]):
+
+    def write() -> None:
+        with appearing(tmp_path / "out") as folder:
+            (folder / "file").write_text("content")
+            raise error
+
+    with pytest.raises(kind, match=said or None):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_are_replaced_and_what_is_not_ours_is_kept(tmp_path: Path):
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    with appearing(out) as folder:
+        (folder / "old").touch()
+        # A process killed here leaves a folder with the mark.
+        shutil.copytree(folder, tmp_path / "left")
+    shutil.rmtree(out)
+    (tmp_path / "left").rename(partial)
+    with appearing(out) as folder:
+        assert not (folder / "old").exists()
+    shutil.rmtree(out)
+    partial.mkdir()
+    (partial / "diary").touch()
+    with pytest.raises(ValueError, match=r"out.partial: is in the way"), appearing(out):
+        pass
+    assert (partial / "diary").exists()

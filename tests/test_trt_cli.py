@@ -1,6 +1,8 @@
 """The commands that build and take engines: what they print, and one sentence with exit code 2 where they cannot."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from click.testing import CliRunner
 
 from rtpurbo.cli import main
 from rtpurbo.plugins.trt import library
+from rtpurbo.plugins.trt.build import _interruptible
 from rtpurbo.plugins.trt.verify import argmax_report, check, compare_logits
 
 pytestmark = pytest.mark.trt
@@ -157,3 +160,23 @@ def test_no_more_than_a_tenth_of_the_tokens_may_exceed_the_tolerance(tmp_path, t
         else:
             with pytest.raises(ValueError, match=f"more than {tokens // 10} of {tokens} tokens differ"):
                 check(report, tmp_path)
+
+
+def test_ctrl_c_ends_a_build_between_two_of_its_steps():
+    class Library:
+        class IProgressMonitor:
+            pass
+
+    before = signal.getsignal(signal.SIGINT)
+
+    def build() -> None:
+        with _interruptible(Library) as monitor:
+            assert monitor.step_complete("tactics", 1)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not monitor.step_complete("tactics", 2)
+
+    with pytest.raises(KeyboardInterrupt):
+        build()
+    assert signal.getsignal(signal.SIGINT) is before
+    with _interruptible(Library) as monitor:
+        assert monitor.step_complete("tactics", 3)

@@ -1,17 +1,20 @@
 """From an artifact to an engine's folder: export, TensorRT's build, cubins of the kernels that the engine launches."""
 
+import contextlib
 import hashlib
-import os
 import resource
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from rtpurbo import __version__
 from rtpurbo.manifests.manifest import MANIFEST_NAME, Manifest, file_digest
+from rtpurbo.manifests.output import appearing, refuse_existing
 from rtpurbo.plugins.trt.cache import CAPACITY_STEP
 from rtpurbo.plugins.trt.cubins import CAPABILITIES, compile_cubins, distinct, kernels_digest
 from rtpurbo.plugins.trt.folder import CUBINS_NAME, PLAN_NAME, CacheInfo, EngineInfo
@@ -78,8 +81,7 @@ def build(artifact: Path, out: Path, options: BuildOptions, report: Reporter) ->
 
     Raises ValueError for an artifact or options that do not fit, for a library that cannot build here, and when `out` exists.
     """
-    if os.path.lexists(out):
-        raise ValueError(f"{out}: exists already, wanted a new folder; outputs are never overwritten")
+    refuse_existing(out)
     check_can_build(options.library)
     name, trt = load_library(options.library)
     from rtpurbo.plugins.trt.carrier import to_carrier
@@ -88,10 +90,7 @@ def build(artifact: Path, out: Path, options: BuildOptions, report: Reporter) ->
     began = time.perf_counter()
     manifest = Manifest.load(artifact / MANIFEST_NAME)
     capacity = _capacity(options.capacity, manifest)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with appearing(out) as partial:
         report.stage("export", 1)
         positions = min(capacity, manifest.model.max_position_embeddings)
         exported = export(artifact, ExportOptions(dtype=options.dtype, positions=positions, dense=options.dense))
@@ -132,10 +131,6 @@ def build(artifact: Path, out: Path, options: BuildOptions, report: Reporter) ->
             },
         )  # fmt: skip
         info.save(partial)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return info
 
 
@@ -190,7 +185,9 @@ def _build_plan(
         chunk = min(options.prefill_chunk, capacity)
         for sizes, phase in (((1, 1, 1), (1, chunk, chunk)), PREFILL), (((1, 1, options.batch), (1, 1, 1)), DECODE):
             config.add_optimization_profile(_profile(builder, *sizes, phase, capacity, caches, phased))
-        plan = builder.build_serialized_network(network, config)
+        with _interruptible(trt) as monitor:
+            config.progress_monitor = monitor
+            plan = builder.build_serialized_network(network, config)
     if plan is None or session.failures:
         raise _failed("cannot build the engine", log.last, session)
     return plan
@@ -216,6 +213,38 @@ def _profile(
         sizes = zip(batch, (least, capacity, capacity), strict=True)
         profile.set_shape(name, *((b, *(s if axis is None else axis for axis in cache.shape)) for b, s in sizes))
     return profile
+
+
+@contextlib.contextmanager
+def _interruptible(trt: Any) -> Iterator[Any]:
+    """A progress monitor that ends the build when Ctrl-C is pressed; KeyboardInterrupt then follows.
+
+    An exception that is raised while TensorRT asks a plugin something is an answer of that plugin, and the build would go on.
+    """
+    pressed = threading.Event()
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str, num_steps: int) -> None: ...
+
+        def phase_finish(self, phase_name: str) -> None: ...
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return not pressed.is_set()
+
+    monitor = Monitor()
+    if threading.current_thread() is not threading.main_thread():
+        yield monitor
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield monitor
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed.is_set():
+        raise KeyboardInterrupt
 
 
 class _Log:
