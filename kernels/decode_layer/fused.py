@@ -186,6 +186,7 @@ def _constants(
         "TILE_BLOCKS": plan.tile_blocks,
         "SCORE_STAGES": score_stages(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES, plan.held_tiles),
         "SELECT_TILE": plan.select_tile, "PART_BLOCKS": plan.part_blocks, "PARTS": MAX_PARTS,
+        "PARTED": plan.capacity_blocks > plan.select_tile,
         "D": D, "D_PADDED": padded_width(D), "GROUP_PADDED": padded_width(plan.group_size),
         "STEP": plan.step, "STAGES": stages_that_fit(plan.stages, plan.step * row_bytes, plan.pipeline_bytes),
         "LOCAL_STEP": plan.local_step,

@@ -70,7 +70,7 @@ def decode_layer_kernel(
     TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     B_PADDED: tl.constexpr, K_PADDED: tl.constexpr, J: tl.constexpr, J_PADDED: tl.constexpr, JOBS_PADDED: tl.constexpr,
     G: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, SETS: tl.constexpr, TILE_BLOCKS: tl.constexpr, SCORE_STAGES: tl.constexpr,
-    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PARTED: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
     LOCAL_STEP: tl.constexpr, LOCAL_STAGES: tl.constexpr, MERGE_TILE: tl.constexpr, WARPS: tl.constexpr,
     STAMPS: tl.constexpr,
@@ -155,7 +155,9 @@ def decode_layer_kernel(
 
     # Second stretch: those that arrived last select, the others attend for the local heads. Where half of the programs had nothing
     # to score, they began at once and do it alone: the rest would start late, and waits for the selection instead.
-    max_parts, part_blocks = parts_of(tl.max(blocks_B), SELECT_TILE, PART_BLOCKS, PARTS)
+    max_parts = tl.full([], 1, tl.int32)
+    if PARTED:
+        max_parts, _ = parts_of(tl.max(blocks_B), SELECT_TILE, PART_BLOCKS, PARTS)
     jobs = num_jobs * max_parts
     selectors = tl.where(jobs * 3 <= programs * 2, jobs, programs)
     workers = tl.where(selectors < programs, programs - selectors, programs)
@@ -168,7 +170,7 @@ def decode_layer_kernel(
         select_jobs(
             selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr,
             forced_ptr, head_counter_ptr, listed_ptr, ids_ptr, count_ptr, PHASE != 3, PHASE != 2,
-            TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS,
+            TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS, PARTED,
         )  # fmt: skip
         stamp(stamp_ptr, program, 4, STAMPS)
 
@@ -249,7 +251,7 @@ def decode_layer_kernel(
                 q_ptr + offset_x[:, None] + dim_D[None, :], mask=(row_x < num_jobs)[:, None] & (dim_D < D)[None, :], other=0.0
             )  # fmt: skip
         parts_X = real_X.to(tl.int32)
-        if max_parts > 1:
+        if PARTED:
             blocks_XB = tl.where((job_X // num_heads)[:, None] == batch_B[None, :], blocks_B[None, :], 0)
             parts_X, _ = parts_of(tl.sum(blocks_XB, axis=1), SELECT_TILE, PART_BLOCKS, PARTS)
             parts_X = tl.where(real_X, parts_X, 0)

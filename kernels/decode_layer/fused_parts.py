@@ -82,11 +82,11 @@ def select_jobs(
     selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr, forced_ptr,
     head_counter_ptr, listed_ptr, ids_ptr, count_ptr,
     SUMS: tl.constexpr, WRITES: tl.constexpr, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr,
-    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr,
+    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PARTED: tl.constexpr,
 ):  # fmt: skip
-    """One selector's share of the jobs: a head, or a part of one whose histograms must be summed before any id is written."""
+    """One selector's share of the jobs: a head, or (with PARTED) a part of one whose histograms must be summed before any id is written."""
     # A dynamic bound, not a branch: each loop is compiled once.
-    whole = tl.where(max_parts == 1, jobs, 0)
+    whole = tl.where(max_parts == 1, jobs, 0) if PARTED else jobs
     parted = jobs - whole
     if SUMS:
         for row in range(selector, whole, selectors):
@@ -97,6 +97,7 @@ def select_jobs(
             )  # fmt: skip
             tl.store(count_ptr + row, count)
             arrive(listed_ptr + row, one_part_with(count))
+    if SUMS and PARTED:
         for job in range(selector, parted, selectors):
             row = job // max_parts
             part = job % max_parts
@@ -111,7 +112,7 @@ def select_jobs(
                     top, lo, tl.minimum(lo + part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS,
                 )  # fmt: skip
                 arrive(head_counter_ptr + 2 * row)
-    if WRITES:
+    if WRITES and PARTED:
         for job in range(selector, parted, selectors):
             row = job // max_parts
             part = job % max_parts
