@@ -58,6 +58,7 @@ def score_and_select_kernel(
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
     PARTS: tl.constexpr,
+    PARTED: tl.constexpr,
     SELECT_TILE: tl.constexpr,
     PART_BLOCKS: tl.constexpr,
     MASKS: tl.constexpr,
@@ -112,18 +113,18 @@ def score_and_select_kernel(
     if selector < 0:
         return
     wait_until(counter_ptr, active, ticket + 1)
-    if parts == 1:
-        for slot in range(selector, jobs, selectors):
-            row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
-            start = row * capacity
-            count = select_whole(
-                max_ptr + start, sum_ptr + start, ids_ptr + start, mask_ptr + row * mask_words, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE,
-                MASKS,
-            )  # fmt: skip
-            tl.store(count_ptr + row, count)
-    else:
+    # A dynamic bound, not a branch: the loop is compiled once.
+    whole = tl.where(parts == 1, jobs, 0) if PARTED else jobs
+    for slot in range(selector, whole, selectors):
+        row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
+        start = row * capacity
+        count = select_whole(
+            max_ptr + start, sum_ptr + start, ids_ptr + start, mask_ptr + row * mask_words, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE, MASKS
+        )  # fmt: skip
+        tl.store(count_ptr + row, count)
+    if PARTED:
         chunk_c = tl.arange(0, MAX_CHUNKS)
-        for job in range(selector, jobs, selectors):
+        for job in range(selector, jobs - whole, selectors):
             slot = job // parts
             part = job % parts
             row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
@@ -134,7 +135,7 @@ def score_and_select_kernel(
                 part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS,
             )  # fmt: skip
             arrive(counter_ptr + 2 + slot)
-        for job in range(selector, jobs, selectors):
+        for job in range(selector, jobs - whole, selectors):
             slot = job // parts
             part = job % parts
             row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
@@ -185,6 +186,7 @@ def describe(
             "WARPS": plan.num_warps,
             "STAGES": score_stages(plan.stages, tile_bytes, plan.pipeline_bytes, plan.held_tiles),
             "PARTS": MAX_PARTS,
+            "PARTED": plan.capacity_blocks > plan.select_tile,
             "SELECT_TILE": plan.select_tile,
             "PART_BLOCKS": plan.part_blocks,
             "MASKS": plan.mask_BHW is not None,
