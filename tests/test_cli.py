@@ -671,15 +671,22 @@ def small_disk(tmp_path) -> Iterator[Callable[..., Path]]:
 
 
 def test_a_full_disk_leaves_a_conversion_that_goes_on_when_there_is_room(cli, model, recipe, artifact, small_disk):
-    disk = small_disk("size=192k")
+    disk = small_disk("size=208k")
     run = cli("convert", model, "--out", disk / "out", "--recipe", recipe)
     refused(run, disk / "out.work", "No space left", "--resume", progress=True)
+    assert (disk / "out.work" / "calibration.safetensors").exists()
     assert [path.name for path in disk.iterdir()] == ["out.work"]
     small_disk("size=64m")
     resumed = cli("convert", model, "--out", disk / "out", "--recipe", recipe, "--resume")
     assert resumed.code == 0, resumed.err
     assert [path.name for path in disk.iterdir()] == ["out"]
     assert json.loads((disk / "out" / "rtpurbo.json").read_text())["digest"] == Manifest.load(artifact / "rtpurbo.json").to_dict()["digest"]
+
+
+def test_a_disk_without_room_for_the_artifact_is_refused_before_any_work(cli, model, recipe, small_disk):
+    disk = small_disk("size=192k")
+    refused(cli("convert", model, "--out", disk / "out", "--recipe", recipe), disk / "out", "bytes of disk space", progress=True)
+    assert not (disk / "out.work" / "calibration.safetensors").exists()
 
 
 def test_a_disk_that_is_full_from_the_beginning_is_left_as_it_was(cli, model, recipe, artifact, small_disk):
