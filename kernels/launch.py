@@ -30,5 +30,7 @@ class Launch:
             "num_stages": self.num_stages,
             "launch_pdl": self.early_launch,
             "launch_cooperative_grid": self.all_at_once,
+            # Said, not left to a default that changes between releases of Triton; cubins of engines are compiled with it too.
+            "enable_fp_fusion": True,
         }
         self.kernel[self.grid](*self.arguments, **self.constants, **options)
