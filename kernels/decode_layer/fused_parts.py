@@ -78,6 +78,19 @@ def counts_when_listed(word_ptrs_X, parts_X, WAITS: tl.constexpr):
 
 
 @triton.jit
+def part_of(
+    job, max_parts, batch_B, blocks_B, num_heads, SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Row (a head of a sequence) and part of a job, how many parts the row has, its blocks, and the part's first and end block."""
+    row = job // max_parts
+    part = job % max_parts
+    blocks = at(blocks_B, batch_B, row // num_heads)
+    parts, part_blocks = parts_of(blocks, SELECT_TILE, PART_BLOCKS, PARTS)
+    lo = part * part_blocks
+    return row, part, parts, blocks, lo, tl.minimum(lo + part_blocks, blocks)
+
+
+@triton.jit
 def select_jobs(
     selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr, forced_ptr,
     head_counter_ptr, listed_ptr, ids_ptr, count_ptr,
@@ -99,34 +112,26 @@ def select_jobs(
             arrive(listed_ptr + row, one_part_with(count))
     if SUMS and PARTED:
         for job in range(selector, parted, selectors):
-            row = job // max_parts
-            part = job % max_parts
-            blocks = at(blocks_B, batch_B, row // num_heads)
-            parts, part_blocks = parts_of(blocks, SELECT_TILE, PART_BLOCKS, PARTS)
+            row, part, parts, blocks, lo, hi = part_of(job, max_parts, batch_B, blocks_B, num_heads, SELECT_TILE, PART_BLOCKS, PARTS)
             if part < parts:
                 start = (tl.zeros([], tl.int64) + row) * capacity
-                lo = part * part_blocks
                 top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
                 sum_part(
                     max_ptr + start, sum_ptr + start, histogram_ptr + (row * PARTS + part) * BINS, forced_ptr + row * PARTS + part,
-                    top, lo, tl.minimum(lo + part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS,
+                    top, lo, hi, blocks, SINK_BLOCKS, PART_BLOCKS,
                 )  # fmt: skip
                 arrive(head_counter_ptr + 2 * row)
     if WRITES and PARTED:
         for job in range(selector, parted, selectors):
-            row = job // max_parts
-            part = job % max_parts
-            blocks = at(blocks_B, batch_B, row // num_heads)
-            parts, part_blocks = parts_of(blocks, SELECT_TILE, PART_BLOCKS, PARTS)
+            row, part, parts, blocks, lo, hi = part_of(job, max_parts, batch_B, blocks_B, num_heads, SELECT_TILE, PART_BLOCKS, PARTS)
             if part < parts:
                 start = (tl.zeros([], tl.int64) + row) * capacity
-                lo = part * part_blocks
                 top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
                 wait_until(head_counter_ptr + 2 * row, parts, tl.zeros([], tl.int32))
                 bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
                 end = write_ids(
-                    max_ptr + start, ids_ptr + start, ids_ptr, offset, top, bins, lo, tl.minimum(lo + part_blocks, blocks), blocks,
-                    SINK_BLOCKS, PART_BLOCKS, False,
+                    max_ptr + start, ids_ptr + start, ids_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS, PART_BLOCKS,
+                    False,
                 )  # fmt: skip
                 if part == parts - 1:
                     tl.store(count_ptr + row, end)
