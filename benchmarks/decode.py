@@ -97,13 +97,13 @@ def kv_buffers(batch: int, tokens: int, kv_heads: int, num: int):
     return [[torch.randn(batch, tokens, kv_heads, D, device="cuda", dtype=torch.bfloat16) for _ in range(2)] for _ in range(num)]
 
 
-def time_selected(layout: str, tokens: int, share: float, *, batch=1, name="attend_selected", **plan_options):
+def selected_steps(layout: str, tokens: int, share: float, *, batch=1, most=32, **plan_options):
+    """Calls of `attend_selected` over rotated caches and lists, and the bytes that each of them reads."""
     facts = LAYOUTS[layout]
     jobs, kv_heads = len(facts["heads"]), max(facts["kv"]) + 1
     plan = plan_attention([(h,) for h in facts["heads"]], facts["kv"], batch=batch, head_dim=D, device="cuda", **plan_options)
-    lists = [listed_blocks(batch, jobs, tokens, share, seed) for seed in range(2)]
-    step_bytes = int(lists[0][1].sum()) * BLOCK * D * 4
-    num = rotations(step_bytes, at_most=min(32, int(60e9 // (batch * tokens * kv_heads * D * 4))))
+    step_bytes = batch * jobs * max(3, round(share * -(-tokens // BLOCK))) * BLOCK * D * 4
+    num = rotations(step_bytes, at_most=min(most, int(60e9 // (batch * tokens * kv_heads * D * 4))))
     buffers = kv_buffers(batch, tokens, kv_heads, num)
     lists = [listed_blocks(batch, jobs, tokens, share, seed) for seed in range(num)]
     q = torch.randn(batch, 32, D, device="cuda", dtype=torch.bfloat16)
@@ -114,7 +114,12 @@ def time_selected(layout: str, tokens: int, share: float, *, batch=1, name="atte
             q, k, v, plan=plan, lengths_B=lengths, ids_BJN=ids, count_BJ=count, scale=SCALE, out_BHD=out, lse_BH=lse
         )
 
-    timing = time_graph([step(k, v, *chosen) for (k, v), chosen in zip(buffers, lists, strict=True)])
+    return [step(k, v, *chosen) for (k, v), chosen in zip(buffers, lists, strict=True)], step_bytes
+
+
+def time_selected(layout: str, tokens: int, share: float, *, batch=1, name="attend_selected", **plan_options):
+    steps, step_bytes = selected_steps(layout, tokens, share, batch=batch, **plan_options)
+    timing = time_graph(steps)
     gb_s = step_bytes / timing.median_us / 1000.0
     return row(
         name, layout, tokens, timing, batch=batch, gb_s=round(gb_s), read_share=round(gb_s / READ_BANDWIDTH_GB_S, 3),
@@ -190,10 +195,10 @@ def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, ca
     )  # fmt: skip
 
 
-def time_stamps(layout: str, tokens: int, *, replays=4):
+def time_stamps(layout: str, tokens: int, *, replays=4, **fused):
     """When the programs of the one launch come to its stretches, in us after the first started: earliest, median and latest program."""
     inputs = layer_inputs(layout, tokens, max(2, min(8, int(40e9 // (tokens * D * 4)))))
-    plan = layer_plan(layout, tokens, stamps=True)
+    plan = layer_plan(layout, tokens, stamps=True, **fused)
     assert plan.fused is not None
     assert plan.fused.stamps is not None
     lengths, seen = lengths_of(1, tokens), []
@@ -208,7 +213,9 @@ def time_stamps(layout: str, tokens: int, *, replays=4):
     rows = []
     for n, name in enumerate(STAMP_NAMES):
         # Programs that never came there hold 0.
-        times = [(stamps[:, n][stamps[:, n] > 0] - stamps[:, 0].min()).double() / 1e3 for stamps in seen]
+        times = [(stamps[:, n][stamps[:, n] > 0] - stamps[:, 0].min()).double() / 1e3 for stamps in seen if stamps[:, n].any()]
+        if not times:
+            continue
         low, middle, high = (statistics.median(float(of(x)) for x in times) for of in (torch.min, torch.median, torch.max))
         timing = Timing(median_us=middle, low_us=low, high_us=high)
         rows.append(row("stamp", layout, tokens, timing, batch=1, variant=f"{name}, {statistics.median(len(x) for x in times)} programs"))
@@ -307,29 +314,45 @@ def section_stamps():
     return [result for tokens in (K32, K128, M1) for layout in LAYOUTS for result in time_stamps(layout, tokens)]
 
 
-def section_options():
-    """Options of the one launch beside their defaults; their kernels are compiled together first."""
-    options: list[dict[str, Any]] = [
-        {}, {"local_stages": 1}, {"local_stages": 2}, {"local_step": 32, "local_stages": 2}, {"local_step": 32, "local_stages": 3},
-        {"stages": 1}, {"stages": 2}, {"merge_tile": 16}, {"merge_tile": 64}, {"score_stages": 2},
-    ]  # fmt: skip
-    cases = [(layout, tokens, option) for tokens in (K32, K128, M1) for layout in ("A", "C") for option in options]
+def compiled_together(steps: list[Callable[[], object]]) -> None:
+    """Run each once, on all cores: what takes time is compiling their kernels."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda step: step(), steps))
+    torch.cuda.synchronize()
 
-    def compiled(case: tuple[str, int, dict[str, Any]]) -> None:
-        layout, tokens, option = case
+
+def section_options():
+    """Options of the one launch beside their defaults."""
+    options: list[dict[str, Any]] = [
+        {}, {"local_stages": 1}, {"local_stages": 2}, {"local_step": 32, "local_stages": 3}, {"local_step": 32, "local_stages": 7},
+        {"stages": 2}, {"stages": 3}, {"step": 32, "stages": 7}, {"merge_tile": 16},
+    ]  # fmt: skip
+    cases = [("A", tokens, option) for tokens in (K32, K128, M1) for option in options] + [("C", tokens, {}) for tokens in (K32, K128, M1)]
+
+    def one(layout: str, tokens: int, option: dict[str, Any]) -> None:
         (tensors,) = layer_inputs(layout, tokens, 1)
         plan = layer_plan(layout, tokens, **option)
         decode_layer(**tensors, plan=plan, lengths_B=lengths_of(1, tokens), scale=SCALE, index_scale=1.0, top_p=0.9, impl="fused")
-        torch.cuda.synchronize()
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(compiled, cases))
+    compiled_together([lambda case=case: one(*case) for case in cases])
     return [time_decode(layout, tokens, impl="fused", **option) for layout, tokens, option in cases]
+
+
+def section_attend():
+    """Options of the attention over a selection beside their defaults."""
+    options: list[dict[str, Any]] = [
+        {}, {"stages": 4}, {"step_blocks": 1, "stages": 4}, {"step_blocks": 1, "stages": 6}, {"stages": 4, "num_warps": 8},
+        {"step_blocks": 1, "stages": 6, "num_warps": 8},
+        {"step_blocks": 1, "stages": 4, "programs_per_processor": 2},
+    ]  # fmt: skip
+    compiled_together([lambda o=o: selected_steps("A", K32, 0.03, most=1, **o)[0][0]() for o in options])
+    cases = [(1, K32, 0.03), (1, K128, 0.03), (1, M1, 0.03), (1, M1, 0.25), (64, K32, 0.03)]
+    return [time_selected("A", tokens, share, batch=batch, **option) for batch, tokens, share in cases for option in options]
 
 
 SECTIONS = {
     "select": section_select, "sweep": section_sweep, "batch": section_batch, "layer": section_layer, "stamps": section_stamps,
-    "options": section_options,
+    "options": section_options, "attend": section_attend,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ class Launch:
     parameters by name.
     early_launch: programmatic dependent launch, for a kernel that waits for the launch before it.
     all_at_once: refuse a grid whose programs do not all fit the GPU together, for programs that wait for each other.
+    max_registers: of a thread, where the assembler would spill rather than let fewer programs share a multiprocessor; None: its choice.
     """
 
     kernel: Any
@@ -22,6 +23,7 @@ class Launch:
     num_stages: int = 3
     early_launch: bool = False
     all_at_once: bool = False
+    max_registers: int | None = None
 
     def run(self) -> None:
         """Compile (once for each kind of arguments) and launch on the current stream."""
@@ -30,6 +32,7 @@ class Launch:
             "num_stages": self.num_stages,
             "launch_pdl": self.early_launch,
             "launch_cooperative_grid": self.all_at_once,
+            "maxnreg": self.max_registers,
             # Said, not left to a default that changes between releases of Triton; cubins of engines are compiled with it too.
             "enable_fp_fusion": True,
         }

@@ -14,11 +14,16 @@ from rtpurbo.kernels.launch import Launch
 
 TILE_BYTES, SCRATCH_BYTES = 40 << 10, 8 << 10
 MAX_TILE_BLOCKS = 8
+# Of a multiprocessor.
+REGISTERS = 1 << 16
 # Largest batch, in sequences and in tokens of all of them, for which one launch was faster.
 FEW_SEQUENCES, FEW_TOKENS = 8, 1 << 18
 NEVER = -(1 << 31)
 # What a program has done when it stamps the time.
-STAMP_NAMES = ("started", "scored", "arrived", "all arrived", "ids written", "local heads done", "ids there", "attended", "ended")
+STAMP_NAMES = (
+    "started", "scored", "arrived", "all arrived", "part summed", "all parts summed", "bins known", "ids written", "local heads done",
+    "ids there", "attended", "ended",
+)  # fmt: skip
 LOG2E = 1.4426950408889634
 
 
@@ -35,6 +40,7 @@ class FusedPlan:
     num_sets: int
     num_heads: int
     programs: int
+    max_registers: int
     pipeline_bytes: int
     held_tiles: int | None
     num_warps: int
@@ -123,6 +129,7 @@ def plan_fused(
     return FusedPlan(
         batch=batch, capacity_blocks=N, block_size=block_size, group_size=group_size, num_groups=num_groups,
         num_retained=len(retrieval_counts), num_sets=num_sets, num_heads=H, programs=programs,
+        max_registers=min(255, REGISTERS // (programs_per_processor * num_warps * 32) // 8 * 8),
         pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor, held_tiles=held_tiles, num_warps=num_warps,
         tile_blocks=tile_blocks, score_stages=score_stages, sets_in_group=sets_in_group, columns=heads_JG.shape[1],
         select_tile=select_tile, part_blocks=min(part_blocks, select_tile), step=step, stages=stages,
@@ -224,6 +231,7 @@ def describe(
         constants=_constants(plan, k_BSKD, index_k_BSIR, step.top_p, sinks, phase),
         num_warps=plan.num_warps,
         all_at_once=phase == 0,
+        max_registers=plan.max_registers,
     )
 
 

@@ -169,10 +169,10 @@ def decode_layer_kernel(
             stamp(stamp_ptr, program, 3, STAMPS)
         select_jobs(
             selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr,
-            forced_ptr, head_counter_ptr, listed_ptr, ids_ptr, count_ptr, PHASE != 3, PHASE != 2,
-            TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS, PARTED,
+            forced_ptr, head_counter_ptr, listed_ptr, ids_ptr, count_ptr, stamp_ptr, program, PHASE != 3, PHASE != 2,
+            TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS, PARTED, STAMPS,
         )  # fmt: skip
-        stamp(stamp_ptr, program, 4, STAMPS)
+        stamp(stamp_ptr, program, 7, STAMPS)
 
     # Local jobs: one a sequence and KV group with local heads; their slots are divided between places. With one sequence every job has
     # as many places of its own: two spans in a share take almost twice as long as one.
@@ -231,7 +231,7 @@ def decode_layer_kernel(
                 row_L = (strand * places + place + item) * GROUP + group_L
                 store_partial(local_acc_ptr, local_best_ptr, local_expsum_ptr, row_L, used_L, acc_LD, best_L, expsum_L, D, D_PADDED)
             pos = segment_stop
-        stamp(stamp_ptr, program, 5, STAMPS)
+        stamp(stamp_ptr, program, 8, STAMPS)
         if PHASE == 0:
             arrive(gate_ptr + LINE, tl.where(rank == 0, programs - workers + 1, 1))
 
@@ -256,7 +256,7 @@ def decode_layer_kernel(
             parts_X, _ = parts_of(tl.sum(blocks_XB, axis=1), SELECT_TILE, PART_BLOCKS, PARTS)
             parts_X = tl.where(real_X, parts_X, 0)
         units_X = counts_when_listed(listed_ptr + job_X, parts_X, PHASE == 0) * (BLOCK // UNIT)
-        stamp(stamp_ptr, program, 6, STAMPS)
+        stamp(stamp_ptr, program, 9, STAMPS)
         if program == programs - 1:
             tl.store(head_counter_ptr + 2 * job_X, tl.zeros([JOBS_PADDED], tl.int32), mask=real_X)
             tl.store(top_ptr + job_X, tl.full([JOBS_PADDED], NEVER, tl.int32), mask=real_X)
@@ -301,7 +301,7 @@ def decode_layer_kernel(
                     out_ptrs_D = out_ptr + b * stride_ob + head * stride_oh + dim_D
                     tl.store(out_ptrs_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
 
-        stamp(stamp_ptr, program, 7, STAMPS)
+        stamp(stamp_ptr, program, 10, STAMPS)
         # The local heads' parts were stored long ago; programs without blocks come first.
         merge = programs - 1 - program
         if PHASE == 0 and merge < batch * num_groups * GROUP:
@@ -323,4 +323,4 @@ def decode_layer_kernel(
                 )
                 out_ptrs_D = out_ptr + (tl.zeros([], tl.int64) + b) * stride_ob + (head % (num_groups * GROUP)) * stride_oh + dim_D
                 tl.store(out_ptrs_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
-    stamp(stamp_ptr, program, 8, STAMPS)
+    stamp(stamp_ptr, program, 11, STAMPS)

@@ -93,9 +93,9 @@ def part_of(
 @triton.jit
 def select_jobs(
     selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr, forced_ptr,
-    head_counter_ptr, listed_ptr, ids_ptr, count_ptr,
+    head_counter_ptr, listed_ptr, ids_ptr, count_ptr, stamp_ptr, program,
     SUMS: tl.constexpr, WRITES: tl.constexpr, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr,
-    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PARTED: tl.constexpr,
+    SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PARTED: tl.constexpr, STAMPS: tl.constexpr,
 ):  # fmt: skip
     """One selector's share of the jobs: a head, or (with PARTED) a part of one whose histograms must be summed before any id is written."""
     # A dynamic bound, not a branch: each loop is compiled once.
@@ -120,6 +120,7 @@ def select_jobs(
                     max_ptr + start, sum_ptr + start, histogram_ptr + (row * PARTS + part) * BINS, forced_ptr + row * PARTS + part,
                     top, lo, hi, blocks, SINK_BLOCKS, PART_BLOCKS,
                 )  # fmt: skip
+                stamp(stamp_ptr, program, 4, STAMPS)
                 arrive(head_counter_ptr + 2 * row)
     if WRITES and PARTED:
         for job in range(selector, parted, selectors):
@@ -128,7 +129,9 @@ def select_jobs(
                 start = (tl.zeros([], tl.int64) + row) * capacity
                 top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
                 wait_until(head_counter_ptr + 2 * row, parts, tl.zeros([], tl.int32))
+                stamp(stamp_ptr, program, 5, STAMPS)
                 bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
+                stamp(stamp_ptr, program, 6, STAMPS)
                 end = write_ids(
                     max_ptr + start, ids_ptr + start, ids_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS, PART_BLOCKS,
                     False,

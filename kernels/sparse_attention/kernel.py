@@ -19,6 +19,80 @@ LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 # Keys that are not divided between programs.
 UNIT = tl.constexpr(16)
+# Ids of blocks that a program holds at a time.
+LISTED = tl.constexpr(64)
+
+
+@triton.jit
+def of_blocks(listed_x, place, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """What the list holds for the block of each of STEP keys from `place` on (counted from the first one listed), [STEP]."""
+    slot_x = tl.arange(0, listed_x.shape[0])
+    block_s = tl.arange(0, STEP) // BLOCK
+    of_s = tl.zeros([STEP], tl.int32)
+    for n in tl.static_range(max(STEP // BLOCK, 1)):
+        of_s = tl.where(block_s == n, tl.sum(tl.where(slot_x == place // BLOCK + n, listed_x, 0)), of_s)
+    return of_s
+
+
+@triton.jit
+def attend_keys(
+    q_GD,
+    best_G,
+    sum_G,
+    acc_GD,
+    k_base,
+    v_base,
+    ids_x,
+    heads_x,
+    first,
+    end,
+    tokens,
+    sinks,
+    shift,
+    stride_ks,
+    stride_vs,
+    scale_log2,
+    HAS_IDS: tl.constexpr,
+    HAS_HEADS: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Continue an online softmax (base 2) over the places first ... end - 1, STEP at a time; ids_x, heads_x: the list from `first` on."""
+    dim_D = tl.arange(0, D_PADDED)
+    row_s = tl.arange(0, STEP)
+    for start in tl.range(first, end, STEP, num_stages=STAGES):
+        token_s = start + row_s
+        stored_s = token_s < end
+        seen_Gs = tl.full([G, STEP], True, tl.int1)
+        if HAS_HEADS:
+            heads_s = of_blocks(heads_x, start - first, BLOCK, STEP)
+            seen_Gs = ((heads_s[None, :] >> tl.arange(0, G)[:, None]) & 1) != 0
+        if HAS_IDS:
+            token_s = of_blocks(ids_x, start - first, BLOCK, STEP) * BLOCK + token_s % BLOCK
+            stored_s = stored_s & (token_s < tokens)
+        if SHIFTED:
+            token_s = tl.where(token_s < sinks, token_s, token_s + shift)
+        offset_s = token_s.to(tl.int64)[:, None]
+        # Rows that were never written may hold NaN: they are replaced, not only weighted with zero.
+        mask_sD = stored_s[:, None] & (dim_D < D)[None, :]
+        k_sD = tl.load(k_base + offset_s * stride_ks + dim_D[None, :], mask=mask_sD, other=0.0)
+        v_sD = tl.load(v_base + offset_s * stride_vs + dim_D[None, :], mask=mask_sD, other=0.0)
+        logits_Gs = tl.dot(q_GD, tl.trans(k_sD), input_precision="ieee") * scale_log2
+        logits_Gs = tl.where(seen_Gs & stored_s[None, :], logits_Gs, float("-inf"))
+        new_best_G = tl.maximum(best_G, tl.max(logits_Gs, axis=1))
+        # The first keys of a span may all be missing: exponentials must not see inf - inf.
+        safe_best_G = tl.where(new_best_G == float("-inf"), 0.0, new_best_G)
+        weight_Gs = tl.exp2(logits_Gs - safe_best_G[:, None])
+        decay_G = tl.exp2(best_G - safe_best_G)
+        sum_G = sum_G * decay_G + tl.sum(weight_Gs, axis=1)
+        acc_GD = acc_GD * decay_G[:, None] + tl.dot(weight_Gs.to(v_sD.dtype), v_sD, input_precision="ieee")
+        best_G = new_best_G
+    return best_G, sum_G, acc_GD
 
 
 @triton.jit
@@ -46,45 +120,34 @@ def attend_span(
     D_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Online softmax (base 2) of the job's heads over places first ... end - 1 of its list of keys, STEP at a time.
+    """Online softmax (base 2) of the job's heads over places first ... end - 1 of its list of keys.
 
-    HAS_IDS: place x is key x mod BLOCK of the block ids[x // BLOCK]; keys at or beyond `tokens` are not stored yet. HAS_HEADS: only
-    the heads whose bit is set in listed_heads[x // BLOCK] see the block. Without ids place x is slot x; SHIFTED: slots from `sinks` on
-    lie `shift` rows further (a window read from a cache by position).
+    HAS_IDS: place x is key x mod BLOCK of the block ids[x // BLOCK], and `first` begins a block or, where a step is less than a block, a
+    step; keys at or beyond `tokens` are not stored yet. HAS_HEADS: only the heads whose bit is set in listed_heads[x // BLOCK] see the
+    block. Without ids place x is slot x; SHIFTED: slots from `sinks` on lie `shift` rows further (a window read from a cache by position).
     """
     best_G = tl.full([G], float("-inf"), tl.float32)
     sum_G = tl.zeros([G], tl.float32)
     acc_GD = tl.zeros([G, D_PADDED], tl.float32)
-    dim_D = tl.arange(0, D_PADDED)
-    row_s = tl.arange(0, STEP)
-    for start in tl.range(first, end, STEP, num_stages=STAGES):
-        token_s = start + row_s
-        stored_s = token_s < end
-        seen_Gs = tl.full([G, STEP], True, tl.int1)
-        if HAS_HEADS:
-            heads_s = tl.load(listed_heads_ptr + token_s // BLOCK, mask=stored_s, other=0, cache_modifier=".cg")
-            seen_Gs = ((heads_s[None, :] >> tl.arange(0, G)[:, None]) & 1) != 0
-        if HAS_IDS:
-            block_s = tl.load(ids_ptr + token_s // BLOCK, mask=stored_s, other=0, cache_modifier=".cg")
-            token_s = block_s * BLOCK + token_s % BLOCK
-            stored_s = stored_s & (token_s < tokens)
-        if SHIFTED:
-            token_s = tl.where(token_s < sinks, token_s, token_s + shift)
-        offset_s = token_s.to(tl.int64)[:, None]
-        # Rows that were never written may hold NaN: they are replaced, not only weighted with zero.
-        mask_sD = stored_s[:, None] & (dim_D < D)[None, :]
-        k_sD = tl.load(k_base + offset_s * stride_ks + dim_D[None, :], mask=mask_sD, other=0.0)
-        v_sD = tl.load(v_base + offset_s * stride_vs + dim_D[None, :], mask=mask_sD, other=0.0)
-        logits_Gs = tl.dot(q_GD, tl.trans(k_sD), input_precision="ieee") * scale_log2
-        logits_Gs = tl.where(seen_Gs & stored_s[None, :], logits_Gs, float("-inf"))
-        new_best_G = tl.maximum(best_G, tl.max(logits_Gs, axis=1))
-        # The first keys of a span may all be missing: exponentials must not see inf - inf.
-        safe_best_G = tl.where(new_best_G == float("-inf"), 0.0, new_best_G)
-        weight_Gs = tl.exp2(logits_Gs - safe_best_G[:, None])
-        decay_G = tl.exp2(best_G - safe_best_G)
-        sum_G = sum_G * decay_G + tl.sum(weight_Gs, axis=1)
-        acc_GD = acc_GD * decay_G[:, None] + tl.dot(weight_Gs.to(v_sD.dtype), v_sD, input_precision="ieee")
-        best_G = new_best_G
+    slot_x = tl.arange(0, LISTED)
+    ids_x = tl.zeros([LISTED], tl.int32)
+    heads_x = ids_x
+    if HAS_IDS:
+        # Ids stay in registers: loads of the loop's own would take half of the stages of its pipeline from the keys that they lead to.
+        for begin in range(first, end, LISTED * BLOCK):
+            listed_x = begin // BLOCK + slot_x
+            ids_x = tl.load(ids_ptr + listed_x, mask=listed_x * BLOCK < end, other=0, cache_modifier=".cg")
+            if HAS_HEADS:
+                heads_x = tl.load(listed_heads_ptr + listed_x, mask=listed_x * BLOCK < end, other=0, cache_modifier=".cg")
+            best_G, sum_G, acc_GD = attend_keys(
+                q_GD, best_G, sum_G, acc_GD, k_base, v_base, ids_x, heads_x, begin, tl.minimum(begin + LISTED * BLOCK, end), tokens,
+                sinks, shift, stride_ks, stride_vs, scale_log2, True, HAS_HEADS, SHIFTED, BLOCK, STEP, D, G, D_PADDED, STAGES,
+            )  # fmt: skip
+    else:
+        best_G, sum_G, acc_GD = attend_keys(
+            q_GD, best_G, sum_G, acc_GD, k_base, v_base, ids_x, heads_x, first, end, tokens, sinks, shift, stride_ks, stride_vs,
+            scale_log2, False, False, SHIFTED, BLOCK, STEP, D, G, D_PADDED, STAGES,
+        )  # fmt: skip
     return best_G, sum_G, acc_GD
 
 
@@ -195,7 +258,8 @@ def attend_decode_kernel(
         chunk_keys = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(keys_J), target_programs), BLOCK), 1) * BLOCK
     else:
         keys_J = tl.load(count_ptr + batch * num_jobs + job_J, mask=real_J, other=0) * BLOCK if HAS_IDS else tl.where(real_J, tokens, 0)
-        chunk_keys = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(keys_J), target_programs), UNIT), 1) * UNIT
+        unit = BLOCK if HAS_IDS else UNIT
+        chunk_keys = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(keys_J), target_programs), unit), 1) * unit
     chunks_J = tl.where(real_J, tl.maximum(tl.cdiv(keys_J, chunk_keys), 1), 0)
     ends_J = tl.cumsum(chunks_J, axis=0)
     job = tl.sum((real_J & (ends_J <= program)).to(tl.int32))

@@ -64,7 +64,7 @@ def plan_attention(
         device: where the cache lives.
         block_size, programs_per_processor, merge_tile, stages, num_warps, step_blocks: work division, see benchmarks/decode.md.
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
-        pipeline_bytes: shared memory for keys and values on their way, of a program; what the device has.
+        pipeline_bytes: shared memory of a multiprocessor for keys and values on their way; what the device has.
         union_blocks: blocks that a cache has at most, for `attend_grouped`; 0: the plan is not for it.
 
     Raises ValueError for jobs that are empty, share a head or lack a KV head.
@@ -93,7 +93,7 @@ def plan_attention(
         max_mergers=max_waiting(batch * J, num_processors) if device.type == "cuda" else 1,
         merge_tile=merge_tile,
         stages=stages,
-        pipeline_bytes=pipeline_bytes or pipeline_bytes_of(device),
+        pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor,
         num_warps=num_warps,
         step_blocks=step_blocks,
         early_launch=early_launch,

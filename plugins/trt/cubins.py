@@ -19,7 +19,7 @@ from rtpurbo.plugins.trt.driver import Function, PreparedLaunch, tensor_map
 
 CAPABILITIES = (80, 86, 89, 90)
 INDEX_NAME = "index.json"
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 _TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float8_e4m3fn: "*fp8e4nv", torch.int32: "*i32",
     torch.int64: "*i64", torch.uint8: "*u8",
@@ -43,11 +43,12 @@ class Variant:
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """Everything but the alignment."""
-        return (self.kernel, self.types, self.constants, self.num_warps, self.num_stages)
+        return (self.kernel, self.types, self.constants, self.num_warps, self.num_stages, self.max_registers)
 
     def suits(self, aligned: tuple[bool, ...]) -> bool:
         """Whether arguments of this alignment may be given to the cubin."""
@@ -67,6 +68,7 @@ def variant_of(launch: Launch) -> Variant:
         constants=tuple(sorted(launch.constants.items())),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        max_registers=launch.max_registers,
     )
 
 
@@ -146,7 +148,9 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
         if aligned:
             hints[(place,)] = [["tt.divisibility", _ALIGNMENT]]
     # Fusion of products and sums is said, not left to a default that changes between releases of Triton.
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": variant.num_warps, "num_stages": variant.num_stages, "maxnreg": variant.max_registers, "enable_fp_fusion": True,
+    }  # fmt: skip
     kind = ASTSource
     if type(kernel).__module__.startswith("triton.experimental.gluon"):
         from triton.experimental.gluon._runtime import GluonASTSource as kind
@@ -188,6 +192,7 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
         "constants": constants,
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
+        "max_registers": variant.max_registers,
     }
 
 
@@ -228,6 +233,7 @@ class CubinTable:
                 variant = Variant(
                     kernel=entry["kernel"], types=tuple(entry["types"]), aligned=tuple(entry["aligned"]),
                     constants=tuple(sorted(entry["constants"].items())), num_warps=entry["num_warps"], num_stages=entry["num_stages"],
+                    max_registers=entry["max_registers"],
                 )  # fmt: skip
                 self._variants[variant.shape] = (variant, entry, _read(folder, entry))
 
