@@ -173,9 +173,9 @@ def layer_bytes(layout: str, tokens: int, batch: int, kept: float) -> float:
 
 def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, capacity=0, share=0.03, name="layer", **fused):
     """The whole layer's step by `decode_layer`."""
-    num = rotations(
-        int(layer_bytes(layout, tokens, batch, share)), at_most=max(2, min(16, int(40e9 // (batch * max(tokens, capacity) * D * 4))))
-    )
+    # Several sets also where two would do: times differ by some per cent with where a cache happens to lie.
+    most = max(2, min(16, int(40e9 // (batch * max(tokens, capacity) * D * 4))))
+    num = rotations(int(layer_bytes(layout, tokens, batch, share)), at_least=min(8, most), at_most=most)
     inputs = inputs or layer_inputs(layout, tokens, num, batch=batch, capacity=capacity, share=share)
     plan = layer_plan(layout, tokens, batch=batch, capacity=capacity, **fused)
     lengths = lengths_of(batch, tokens)
@@ -268,6 +268,25 @@ def compare(ours, dense):
     return [mine | {f"speedup_{other['variant']}": f"{other['median_us'] / mine['median_us']:.2f}" for other in dense} for mine in ours]
 
 
+def compiled_together(steps: list[Callable[[], object]]) -> None:
+    """Run each once, on all cores: what takes time is compiling their kernels."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda step: step(), steps))
+    torch.cuda.synchronize()
+
+
+def one_step(layout: str, tokens: int, *, capacity: int = 0, **fused: Any) -> Callable[[], object]:
+    """One step of the layer in one launch, with tensors of its own."""
+
+    def step() -> object:
+        (tensors,) = layer_inputs(layout, tokens, 1, capacity=capacity)
+        plan = layer_plan(layout, tokens, capacity=capacity, **fused)
+        lengths = lengths_of(1, tokens)
+        return decode_layer(**tensors, plan=plan, lengths_B=lengths, scale=SCALE, index_scale=1.0, top_p=0.9, impl="fused")
+
+    return step
+
+
 def section_select():
     rows = [time_select(layout, tokens) for tokens in (K32, K128, 1 << 18, 1 << 19, M1) for layout in LAYOUTS]
     rows += [time_select("A", tokens, by_set=False) for tokens in (K128, M1)]
@@ -299,6 +318,8 @@ def section_batch():
 
 def section_layer():
     rows = []
+    compiled_together([one_step(layout, tokens) for tokens in (K32, K128, M1) for layout in LAYOUTS])
+    compiled_together([one_step(layout, K32, capacity=M1) for layout in LAYOUTS])
     for tokens in (K32, K128, 1 << 18, 1 << 19, M1):
         dense = time_dense(tokens)
         rows += dense
@@ -311,39 +332,26 @@ def section_layer():
 
 
 def section_stamps():
+    compiled_together([one_step(layout, tokens, stamps=True) for tokens in (K32, K128, M1) for layout in LAYOUTS])
     return [result for tokens in (K32, K128, M1) for layout in LAYOUTS for result in time_stamps(layout, tokens)]
-
-
-def compiled_together(steps: list[Callable[[], object]]) -> None:
-    """Run each once, on all cores: what takes time is compiling their kernels."""
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda step: step(), steps))
-    torch.cuda.synchronize()
 
 
 def section_options():
     """Options of the one launch beside their defaults."""
     options: list[dict[str, Any]] = [
-        {}, {"local_stages": 1}, {"local_stages": 2}, {"local_step": 32, "local_stages": 3}, {"local_step": 32, "local_stages": 7},
-        {"stages": 2}, {"stages": 3}, {"step": 32, "stages": 7}, {"merge_tile": 16},
+        {}, {"local_stages": 1}, {"local_stages": 3}, {"local_step": 32, "local_stages": 3}, {"stages": 2}, {"stages": 4},
+        {"programs_per_processor": 3}, {"part_blocks": 512}, {"part_blocks": 2048}, {"select_tile": 1024, "part_blocks": 512},
     ]  # fmt: skip
     cases = [("A", tokens, option) for tokens in (K32, K128, M1) for option in options] + [("C", tokens, {}) for tokens in (K32, K128, M1)]
-
-    def one(layout: str, tokens: int, option: dict[str, Any]) -> None:
-        (tensors,) = layer_inputs(layout, tokens, 1)
-        plan = layer_plan(layout, tokens, **option)
-        decode_layer(**tensors, plan=plan, lengths_B=lengths_of(1, tokens), scale=SCALE, index_scale=1.0, top_p=0.9, impl="fused")
-
-    compiled_together([lambda case=case: one(*case) for case in cases])
+    compiled_together([one_step(layout, tokens, **option) for layout, tokens, option in cases])
     return [time_decode(layout, tokens, impl="fused", **option) for layout, tokens, option in cases]
 
 
 def section_attend():
     """Options of the attention over a selection beside their defaults."""
     options: list[dict[str, Any]] = [
-        {}, {"stages": 4}, {"step_blocks": 1, "stages": 4}, {"step_blocks": 1, "stages": 6}, {"stages": 4, "num_warps": 8},
-        {"step_blocks": 1, "stages": 6, "num_warps": 8},
-        {"step_blocks": 1, "stages": 4, "programs_per_processor": 2},
+        {}, {"stages": 4}, {"programs_per_processor": 3}, {"step_blocks": 2, "stages": 2}, {"stages": 6, "programs_per_processor": 1},
+        {"step_blocks": 2, "stages": 4, "programs_per_processor": 1, "num_warps": 8},
     ]  # fmt: skip
     compiled_together([lambda o=o: selected_steps("A", K32, 0.03, most=1, **o)[0][0]() for o in options])
     cases = [(1, K32, 0.03), (1, K128, 0.03), (1, M1, 0.03), (1, M1, 0.25), (64, K32, 0.03)]

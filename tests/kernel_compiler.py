@@ -33,5 +33,7 @@ def compile_for(launch: Launch, capability: int = 90) -> Any:
             aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, values, aligned)
     return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.max_registers},
     )

@@ -29,8 +29,7 @@ def run_select(request, device="cpu"):
     for _ in range(2):
         for scratch in (plan.block_max_BHN, plan.block_sum_BHN, plan.chunk_max_BHC):
             scratch.fill_(float("nan"))
-        for scratch in (plan.histogram_BHPb, plan.forced_BHP):
-            scratch.fill_(-(1 << 30))
+        plan.histogram_BHPb.fill_(-(1 << 30))
         ids, count = score_and_select(
             q, k, plan=plan, lengths_B=lengths, scale=request["scale"], top_p=request["top_p"], sinks=4, impl="triton"
         )

@@ -327,7 +327,7 @@ def test_one_plan_serves_smaller_batches_in_any_order():
 @pytest.mark.parametrize(
     ("counts", "tokens", "once"),
     [
-        ((8,), 1 << 17, True), ((8,), 1 << 16, False), ((5,), 1 << 19, True), ((5,), 1 << 18, False), ((2, 1, 1, 1), 1 << 21, False),
+        ((8,), 1 << 20, True), ((8, 8), 1 << 20, True), ((8,), 1 << 19, False), ((5,), 1 << 21, False), ((8, 5), 1 << 21, False),
         ((), 1 << 21, False),
     ],
     ids=str,

@@ -9,7 +9,6 @@ pytest.importorskip("triton")
 
 from rtpurbo.kernels.block_selection import kernel as selection_kernel
 from rtpurbo.kernels.block_selection import plan_selection
-from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS
 from rtpurbo.kernels.division import OTHER_BYTES, SHARED_BYTES
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
@@ -43,11 +42,11 @@ def test_selection(capability, key_set):
 @pytest.mark.parametrize("case", ["selected", "ring"])
 def test_attention(capability, dim, dtype, case):
     selects = case == "selected"
-    more = {} if selects else {"step_blocks": RING_STEP_BLOCKS, "stages": RING_STAGES}
     jobs, kv_heads = ([(0,), (1,)], [0, 0]) if selects else ([tuple(range(8))], [0])
     plan = plan_attention(
-        jobs, kv_heads, batch=1, head_dim=dim, device="cpu", pipeline_bytes=SHARED_BYTES[capability] - OTHER_BYTES, **more
-    )
+        jobs, kv_heads, batch=1, head_dim=dim, device="cpu", reads="list" if selects else "ring",
+        pipeline_bytes=SHARED_BYTES[capability] - OTHER_BYTES,
+    )  # fmt: skip
     q = torch.zeros(1, 8, dim, dtype=dtype)
     k = torch.empty(1, TOKENS, 1, dim, dtype=dtype, device="meta")
     ids, count = (torch.zeros(1, 2, *rest, dtype=torch.int32) if selects else None for rest in ((TOKENS // 64,), ()))

@@ -7,7 +7,9 @@
 import triton
 import triton.language as tl
 
-BINS = tl.constexpr(256)
+from rtpurbo.kernels.block_selection.plan import HISTOGRAM_WORDS, NUM_BINS
+
+BINS = tl.constexpr(NUM_BINS)
 BINS_PER_NAT = tl.constexpr(8.0)
 MASS_ONE = tl.constexpr(4294967296.0)
 # Masses of one tile as two limbs, whose sums fit 32 bits: 2^38 = 64 keys * 2^32, up to 4096 blocks.
@@ -17,6 +19,9 @@ LIMB_MASK = tl.constexpr((1 << 19) - 1)
 COUNT_SHIFT = tl.constexpr(51)
 COUNT_MASK = tl.constexpr((1 << 13) - 1)
 PACKED_MASS = tl.constexpr((1 << 51) - 1)
+# A part's histogram in memory: its bins, and one for the forced blocks.
+FORCED = BINS
+ROW = tl.constexpr(HISTOGRAM_WORDS)
 # A part ends at a multiple of this, whatever the tiles of the loops.
 PART_UNIT = tl.constexpr(256)
 
@@ -118,58 +123,68 @@ def select_whole(
 
 
 @triton.jit
-def sum_part(max_ptr, sum_ptr, histogram_ptr, forced_ptr, top, lo, hi, blocks, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr):
-    """Store one part's histogram: mass in the low 51 bits and number of the free blocks by bin; the forced ones apart.
-
-    No other program writes this histogram: it is cleared here, and the barrier orders that before the additions.
-    """
-    bin_b = tl.arange(0, BINS)
-    tl.store(histogram_ptr + bin_b, tl.zeros([BINS], tl.int64))
-    tl.debug_barrier()
-    forced = tl.zeros([], tl.int64)
-    for start in range(lo, hi, TILE):
-        block_n = start + tl.arange(0, TILE)
-        valid_n = block_n < hi
-        max_n = tl.load(max_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
-        sum_n = tl.load(sum_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
-        max_n = tl.where(valid_n, max_n, top)
-        packed_n = block_mass(max_n, sum_n, top) + (tl.full([], 1, tl.int64) << COUNT_SHIFT)
-        forced_n = valid_n & is_forced(block_n, blocks, SINK_BLOCKS)
-        free_n = valid_n & (forced_n == 0)
-        tl.atomic_add(histogram_ptr + block_bin(max_n, top), packed_n, mask=free_n, sem="relaxed", scope="gpu")
-        forced += tl.sum(tl.where(forced_n, packed_n, 0))
-    tl.store(forced_ptr, forced)
+def load_tile(ptr, start, hi, TILE: tl.constexpr):
+    """What is stored for the blocks from `start` on; 0 at or beyond `hi`."""
+    block_n = start + tl.arange(0, TILE)
+    return tl.load(ptr + block_n, mask=block_n < hi, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def bins_and_offset(histogram_ptr, forced_ptr, part, parts, PARTS: tl.constexpr, TOP_P: tl.constexpr):
+def sum_part(max_n, sum_n, max_ptr, sum_ptr, row_ptr, top, lo, hi, blocks, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr):
+    """Fill one part's row of histograms [ROW]: mass in the low 51 bits and number of the free blocks by bin, then the forced ones.
+
+    max_n, sum_n: of the first tile. The caller loads them before a barrier, which keeps the assembler from moving each load to where
+    its value is used, one trip to memory after the other. No other program writes this row: it is cleared here, and the barrier orders
+    that before the additions.
+    """
+    bin_b = tl.arange(0, BINS)
+    tl.store(row_ptr + bin_b, tl.zeros([BINS], tl.int64))
+    tl.store(row_ptr + FORCED, tl.zeros([], tl.int64))
+    tl.debug_barrier()
+    for start in range(lo, hi, TILE):
+        block_n = start + tl.arange(0, TILE)
+        valid_n = block_n < hi
+        max_n = tl.where(valid_n, max_n, top)
+        packed_n = block_mass(max_n, sum_n, top) + (tl.full([], 1, tl.int64) << COUNT_SHIFT)
+        bin_n = tl.where(is_forced(block_n, blocks, SINK_BLOCKS), FORCED, block_bin(max_n, top))
+        tl.atomic_add(row_ptr + bin_n, packed_n, mask=valid_n, sem="relaxed", scope="gpu")
+        max_n = load_tile(max_ptr, start + TILE, hi, TILE)
+        sum_n = load_tile(sum_ptr, start + TILE, hi, TILE)
+
+
+@triton.jit
+def bins_and_offset(rows_ptr, part, parts, PARTS: tl.constexpr, TOP_P: tl.constexpr):
     """Whole bins from the top until forced + binned mass >= top_p * total; where this part's ids start."""
     part_p = tl.arange(0, PARTS)
     bin_b = tl.arange(0, BINS)
-    used_p = part_p < parts
-    packed_pb = tl.load(histogram_ptr + part_p[:, None] * BINS + bin_b[None, :], mask=used_p[:, None], other=0, cache_modifier=".cg")
-    forced_p = tl.load(forced_ptr + part_p, mask=used_p, other=0, cache_modifier=".cg")
+    forced_p = tl.load(rows_ptr + part_p * ROW + FORCED, mask=part_p < parts, other=0, cache_modifier=".cg")
+    # One part after the other: a thread sums its own bins, and all loads are on their way at once.
+    mass_b = tl.zeros([BINS], tl.int64)
+    count_b = tl.zeros([BINS], tl.int32)
+    for p in tl.static_range(PARTS):
+        packed_b = tl.load(rows_ptr + p * ROW + bin_b, mask=bin_b < tl.where(parts > p, BINS, 0), other=0, cache_modifier=".cg")
+        mass_b += packed_b & PACKED_MASS
+        count_b += tl.where(part > p, (packed_b >> COUNT_SHIFT).to(tl.int32) & COUNT_MASK, 0)
     bins = tl.full([], BINS, tl.int32)
     if TOP_P < 1.0:
-        mass_b = tl.sum(packed_pb & PACKED_MASS, axis=0)
         upto_b = tl.cumsum(mass_b, axis=0) + tl.sum(forced_p & PACKED_MASS)
         needed = mass_needed(tl.max(upto_b), TOP_P)
         bins = tl.sum((upto_b - mass_b < needed).to(tl.int32))
-    count_pb = ((packed_pb >> COUNT_SHIFT) & COUNT_MASK).to(tl.int32)
-    count_b = tl.sum(tl.where((part_p < part)[:, None], count_pb, 0), axis=0)
-    forced_count_p = ((forced_p >> COUNT_SHIFT) & COUNT_MASK).to(tl.int32)
+    forced_count_p = (forced_p >> COUNT_SHIFT).to(tl.int32) & COUNT_MASK
     return bins, tl.sum(tl.where(bin_b < bins, count_b, 0)) + tl.sum(tl.where(part_p < part, forced_count_p, 0))
 
 
 @triton.jit
 def write_ids(
-    max_ptr, ids_ptr, mask_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr, MASKS: tl.constexpr
+    max_n, max_ptr, ids_ptr, mask_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr, MASKS: tl.constexpr
 ):  # fmt: skip
-    """Write the part's selected ids, ascending, from `offset` on; returns where they end. With MASKS one bit a block as well."""
+    """Write the part's selected ids, ascending, from `offset` on; returns where they end. With MASKS one bit a block as well.
+
+    max_n: the first tile's maxima, loaded before the caller waited for the other parts.
+    """
     for start in range(lo, hi, TILE):
         block_n = start + tl.arange(0, TILE)
         valid_n = block_n < hi
-        max_n = tl.load(max_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
         max_n = tl.where(valid_n, max_n, top)
         selected_n = valid_n & (is_forced(block_n, blocks, SINK_BLOCKS) | (block_bin(max_n, top) < bins))
         place_n = offset + tl.cumsum(selected_n.to(tl.int32), axis=0) - 1
@@ -177,4 +192,5 @@ def write_ids(
         if MASKS:
             store_mask(mask_ptr, selected_n, start, hi, TILE)
         offset += tl.sum(selected_n.to(tl.int32))
+        max_n = load_tile(max_ptr, start + TILE, hi, TILE)
     return offset

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
-from rtpurbo.kernels.block_selection.histogram import BINS, bins_and_offset, parts_of, select_whole, sum_part, write_ids
+from rtpurbo.kernels.block_selection.histogram import ROW, bins_and_offset, load_tile, parts_of, select_whole, sum_part, write_ids
 from rtpurbo.kernels.block_selection.plan import MAX_CHUNKS, MAX_PARTS
 from rtpurbo.kernels.block_selection.scoring import score_chunk, score_stages
 from rtpurbo.kernels.division import padded_width
@@ -29,8 +29,7 @@ def score_and_select_kernel(
     max_ptr,  # fp32 [B, H, N]
     sum_ptr,  # fp32 [B, H, N]
     chunk_max_ptr,  # fp32 [B, H, C]
-    histogram_ptr,  # int64 [B, H, P, 256]: mass and number of free blocks, packed
-    forced_ptr,  # int64 [B, H, P]: the same of the forced ones
+    histogram_ptr,  # int64 [B, H, P, ROW]: mass and number of blocks by bin, packed
     counter_ptr,  # int32 [B, J, 2 + G], zero between launches
     ids_ptr,  # int32 [B, H, N]
     count_ptr,  # int32 [B, H]
@@ -128,23 +127,28 @@ def score_and_select_kernel(
             slot = job // parts
             part = job % parts
             row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
+            lo, hi = part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks)
+            max_n = load_tile(max_ptr + row * capacity, lo, hi, PART_BLOCKS)
+            sum_n = load_tile(sum_ptr + row * capacity, lo, hi, PART_BLOCKS)
             top_c = tl.load(chunk_max_ptr + row * chunks + chunk_c, mask=chunk_c < active, other=float("-inf"), cache_modifier=".cg")
             sum_part(
-                max_ptr + row * capacity, sum_ptr + row * capacity,
-                histogram_ptr + (row * PARTS + part) * BINS, forced_ptr + row * PARTS + part, tl.max(top_c),
-                part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS,
+                max_n, sum_n, max_ptr + row * capacity, sum_ptr + row * capacity, histogram_ptr + (row * PARTS + part) * ROW,
+                tl.max(top_c), lo, hi, blocks, SINK_BLOCKS, PART_BLOCKS,
             )  # fmt: skip
             arrive(counter_ptr + 2 + slot)
         for job in range(selector, jobs - whole, selectors):
             slot = job // parts
             part = job % parts
             row = batch * num_heads + tl.sum(tl.where(slot_G == slot, head_G, 0))
+            lo, hi = part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks)
+            max_n = load_tile(max_ptr + row * capacity, lo, hi, PART_BLOCKS)
             top_c = tl.load(chunk_max_ptr + row * chunks + chunk_c, mask=chunk_c < active, other=float("-inf"), cache_modifier=".cg")
+            top = tl.max(top_c)
             wait_until(counter_ptr + 2 + slot, parts, tl.zeros([], tl.int32))
-            bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
+            bins, offset = bins_and_offset(histogram_ptr + row * PARTS * ROW, part, parts, PARTS, TOP_P)
             end = write_ids(
-                max_ptr + row * capacity, ids_ptr + row * capacity, mask_ptr + row * mask_words, offset, tl.max(top_c), bins,
-                part * part_blocks, tl.minimum((part + 1) * part_blocks, blocks), blocks, SINK_BLOCKS, PART_BLOCKS, MASKS,
+                max_n, max_ptr + row * capacity, ids_ptr + row * capacity, mask_ptr + row * mask_words, offset, top, bins, lo, hi,
+                blocks, SINK_BLOCKS, PART_BLOCKS, MASKS,
             )  # fmt: skip
             if part == parts - 1:
                 tl.store(count_ptr + row, end)
@@ -167,7 +171,7 @@ def describe(
         grid=(plan.heads_JG.shape[0], plan.chunks, B),
         arguments=(
             index_q_BHR, index_k_BSIR, lengths_B, plan.heads_JG, plan.set_slot_JG, plan.first_set_J, plan.block_max_BHN, plan.block_sum_BHN,
-            plan.chunk_max_BHC, plan.histogram_BHPb, plan.forced_BHP, plan.counters, ids_BHN, count_BH,
+            plan.chunk_max_BHC, plan.histogram_BHPb, plan.counters, ids_BHN, count_BH,
             plan.counters if plan.mask_BHW is None else plan.mask_BHW,
             *index_q_BHR.stride()[:2], *index_k_BSIR.stride()[:3], float(scale), H, plan.capacity_blocks,
             0 if plan.mask_BHW is None else plan.mask_BHW.shape[2], plan.max_selectors,

@@ -11,6 +11,8 @@ import torch
 from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of, pipeline_bytes_of
 
 NUM_BINS = 256
+# Of a part's histogram in memory: the bins, one word for the forced blocks, the rest of its line.
+HISTOGRAM_WORDS = NUM_BINS + 16
 MAX_PARTS = 16
 # Exact sums hold so many blocks: 19-bit limbs of one tile in 32 bits (each key of a block adds up to 2^32); a part's count in 13 bits.
 MAX_TILE, MAX_TILE_KEYS, MAX_PART = 2048, 1 << 17, 4096
@@ -46,7 +48,6 @@ class SelectionPlan:
     block_sum_BHN: torch.Tensor
     chunk_max_BHC: torch.Tensor
     histogram_BHPb: torch.Tensor
-    forced_BHP: torch.Tensor
     counters: torch.Tensor
     mask_BHW: torch.Tensor | None
 
@@ -145,8 +146,7 @@ def plan_selection(
         "block_max_BHN": ((batch, H, N), torch.float32),
         "block_sum_BHN": ((batch, H, N), torch.float32),
         "chunk_max_BHC": ((batch, H, chunks), torch.float32),
-        "histogram_BHPb": ((batch, H, MAX_PARTS, NUM_BINS), torch.int64),
-        "forced_BHP": ((batch, H, MAX_PARTS), torch.int64),
+        "histogram_BHPb": ((batch, H, MAX_PARTS, HISTOGRAM_WORDS), torch.int64),
     }
     return SelectionPlan(
         key_set_H=tuple(key_set_H),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.block_selection.plan import MAX_PARTS, NUM_BINS, check_capacity, divide_heads, largest_tile
+from rtpurbo.kernels.block_selection.plan import HISTOGRAM_WORDS, MAX_PARTS, check_capacity, divide_heads, largest_tile
 from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.division import next_power_of_2, num_processors_of, padded_width, pipeline_bytes_of, stages_that_fit
 from rtpurbo.kernels.launch import Launch
@@ -63,7 +63,6 @@ class FusedPlan:
     block_sum_BHN: torch.Tensor
     top_BH: torch.Tensor
     histogram_BHPb: torch.Tensor
-    forced_BHP: torch.Tensor
     acc_LD: torch.Tensor
     best_L: torch.Tensor
     sum_L: torch.Tensor
@@ -94,9 +93,9 @@ def plan_fused(
     select_tile: int | None = None,
     part_blocks: int = 1024,
     step: int = 64,
-    stages: int = 4,
+    stages: int = 3,
     local_step: int = 64,
-    local_stages: int = 4,
+    local_stages: int = 2,
     merge_tile: int = 32,
     pipeline_bytes: int | None = None,
     held_tiles: int | None = None,
@@ -140,8 +139,7 @@ def plan_fused(
         retrieval_K=table([*retrieval_counts, *([0] * (num_groups - len(retrieval_counts)))]),
         block_max_BHN=scratch(batch, H, N), block_sum_BHN=scratch(batch, H, N),
         top_BH=torch.full((batch, H), NEVER, dtype=torch.int32, device=device),
-        histogram_BHPb=scratch(batch, H, MAX_PARTS, NUM_BINS, dtype=torch.int64),
-        forced_BHP=scratch(batch, H, MAX_PARTS, dtype=torch.int64),
+        histogram_BHPb=scratch(batch, H, MAX_PARTS, HISTOGRAM_WORDS, dtype=torch.int64),
         acc_LD=scratch(slots, head_dim), best_L=scratch(slots), sum_L=scratch(slots),
         local_acc_LGD=scratch(local_slots, group_size, head_dim), local_best_LG=scratch(local_slots, group_size),
         local_sum_LG=scratch(local_slots, group_size),
@@ -215,7 +213,7 @@ def describe(
     arguments = (
         q_BHD, k_BSKD, v_BSKD, ring_k, ring_v, out_BHD, index_q_BHR, index_k_BSIR, step.lengths_B,
         plan.key_set_H, plan.first_set_J, plan.first_head_J, plan.retrieval_K,
-        plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb, plan.forced_BHP,
+        plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb,
         plan.acc_LD, plan.best_L, plan.sum_L, plan.local_acc_LGD, plan.local_best_LG, plan.local_sum_LG,
         plan.gates, plan.head_counters, plan.listed_2X, plan.gates if plan.stamps is None else plan.stamps, ids_BHN, count_BH,
         B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,

@@ -49,8 +49,7 @@ def decode_layer_kernel(
     max_ptr,  # fp32 [B, H, N]
     sum_ptr,  # fp32 [B, H, N]
     top_ptr,  # int32 [B, H], NEVER between launches
-    histogram_ptr,  # int64 [B, H, P, 256]
-    forced_ptr,  # int64 [B, H, P]
+    histogram_ptr,  # int64 [B, H, P, ROW]
     acc_ptr,  # fp32 [programs + B * H, D]: partial results of the retrieval heads
     best_ptr,  # fp32 [programs + B * H]
     expsum_ptr,  # fp32 [programs + B * H]
@@ -169,7 +168,7 @@ def decode_layer_kernel(
             stamp(stamp_ptr, program, 3, STAMPS)
         select_jobs(
             selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr,
-            forced_ptr, head_counter_ptr, listed_ptr, ids_ptr, count_ptr, stamp_ptr, program, PHASE != 3, PHASE != 2,
+            head_counter_ptr, listed_ptr, ids_ptr, count_ptr, stamp_ptr, program, PHASE != 3, PHASE != 2,
             TOP_P, SINK_BLOCKS, SELECT_TILE, PART_BLOCKS, PARTS, PARTED, STAMPS,
         )  # fmt: skip
         stamp(stamp_ptr, program, 7, STAMPS)

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, wait_until
-from rtpurbo.kernels.block_selection.histogram import BINS, bins_and_offset, parts_of, select_whole, sum_part, write_ids
+from rtpurbo.kernels.block_selection.histogram import ROW, bins_and_offset, load_tile, parts_of, select_whole, sum_part, write_ids
 
 # Counters and the stamps of a program lie in memory lines of their own.
 LINE = tl.constexpr(16)
@@ -92,7 +92,7 @@ def part_of(
 
 @triton.jit
 def select_jobs(
-    selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr, forced_ptr,
+    selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr,
     head_counter_ptr, listed_ptr, ids_ptr, count_ptr, stamp_ptr, program,
     SUMS: tl.constexpr, WRITES: tl.constexpr, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr,
     SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PARTED: tl.constexpr, STAMPS: tl.constexpr,
@@ -115,10 +115,12 @@ def select_jobs(
             row, part, parts, blocks, lo, hi = part_of(job, max_parts, batch_B, blocks_B, num_heads, SELECT_TILE, PART_BLOCKS, PARTS)
             if part < parts:
                 start = (tl.zeros([], tl.int64) + row) * capacity
+                max_n = load_tile(max_ptr + start, lo, hi, PART_BLOCKS)
+                sum_n = load_tile(sum_ptr + start, lo, hi, PART_BLOCKS)
                 top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
                 sum_part(
-                    max_ptr + start, sum_ptr + start, histogram_ptr + (row * PARTS + part) * BINS, forced_ptr + row * PARTS + part,
-                    top, lo, hi, blocks, SINK_BLOCKS, PART_BLOCKS,
+                    max_n, sum_n, max_ptr + start, sum_ptr + start, histogram_ptr + (row * PARTS + part) * ROW, top, lo, hi, blocks,
+                    SINK_BLOCKS, PART_BLOCKS,
                 )  # fmt: skip
                 stamp(stamp_ptr, program, 4, STAMPS)
                 arrive(head_counter_ptr + 2 * row)
@@ -128,12 +130,13 @@ def select_jobs(
             if part < parts:
                 start = (tl.zeros([], tl.int64) + row) * capacity
                 top = value_of_key(tl.load(top_ptr + row, cache_modifier=".cg"))
+                max_n = load_tile(max_ptr + start, lo, hi, PART_BLOCKS)
                 wait_until(head_counter_ptr + 2 * row, parts, tl.zeros([], tl.int32))
                 stamp(stamp_ptr, program, 5, STAMPS)
-                bins, offset = bins_and_offset(histogram_ptr + row * PARTS * BINS, forced_ptr + row * PARTS, part, parts, PARTS, TOP_P)
+                bins, offset = bins_and_offset(histogram_ptr + row * PARTS * ROW, part, parts, PARTS, TOP_P)
                 stamp(stamp_ptr, program, 6, STAMPS)
                 end = write_ids(
-                    max_ptr + start, ids_ptr + start, ids_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS, PART_BLOCKS,
+                    max_n, max_ptr + start, ids_ptr + start, ids_ptr, offset, top, bins, lo, hi, blocks, SINK_BLOCKS, PART_BLOCKS,
                     False,
                 )  # fmt: skip
                 if part == parts - 1:

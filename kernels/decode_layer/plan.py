@@ -3,7 +3,6 @@
 # B batch  H query heads  D head dim
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,11 +11,8 @@ from rtpurbo.kernels.decode_layer.fused import FusedPlan, plan_fused
 from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.sparse_attention import AttendPlan, plan_attention
 
-# Of a ring all blocks are known beforehand: small steps leave room beside the selection (benchmarks/decode.md).
-RING_STEP_BLOCKS, RING_STAGES = 1, 4
-# Where reading shared blocks once was worth it (benchmarks/decode.md): retrieval heads a retained group on average; tokens of all
-# sequences, where every head of the retained groups retrieves and where some are local.
-READ_ONCE_HEADS, READ_ONCE_TOKENS_WHOLE, READ_ONCE_TOKENS = 4, 1 << 17, 1 << 19
+# Tokens of all sequences from which heads that share a KV group read shared blocks once (benchmarks/decode.md).
+READ_ONCE_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +108,10 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
 def reads_once(retrieval_counts: Sequence[int], group_size: int, tokens: int) -> bool:
     """Whether heads of a KV group share so much at that many cached tokens of all sequences that a block is better read once.
 
-    The choice of least regret: at 1M tokens with layout A (5 of 8 heads) it takes 105 us against 99 where 3 % are selected, and 186
-    against 257 where 25 % are.
+    The choice of least regret: at 1M tokens with a whole group of eight heads whose blocks are drawn for each alone it takes 81 us
+    against 74 where 3 % are selected, 131 against 134 where 10 % are, and 175 against 288 where 25 % are.
     """
-    whole = all(count == group_size for count in retrieval_counts)
-    shared = sum(retrieval_counts) >= READ_ONCE_HEADS * max(1, len(retrieval_counts))
-    return shared and tokens >= (READ_ONCE_TOKENS_WHOLE if whole else READ_ONCE_TOKENS)
+    return bool(retrieval_counts) and all(count == group_size for count in retrieval_counts) and tokens >= READ_ONCE_TOKENS
 
 
 def plan_decode_layer(
@@ -161,33 +155,34 @@ def plan_decode_layer(
     if read_once is None:
         read_once = device.type == "cuda" and reads_once(counts, group_size, batch * capacity)
 
-    def attention(first_H: Sequence[int], stop_H: Sequence[int], kv_J: Sequence[int], **options: Any) -> AttendPlan | None:
+    def attention(
+        reads: str, first_H: Sequence[int], stop_H: Sequence[int], kv_J: Sequence[int], *, union_blocks: int = 0
+    ) -> AttendPlan | None:
         jobs = [range(first, stop) for first, stop in zip(first_H, stop_H, strict=True)]
         kept = [job for job, heads in enumerate(jobs) if heads]
         if not kept:
             return None
         return plan_attention(
             [tuple(jobs[job]) for job in kept], [kv_J[job] for job in kept], batch=batch, head_dim=head_dim, device=device,
-            block_size=block_size, **options,
+            block_size=block_size, reads=reads, union_blocks=union_blocks,
         )  # fmt: skip
 
     retained, local = range(len(counts)), range(len(counts), num_groups)
     start_K = [g * group_size for g in range(num_groups + 1)]
     split_K = [start_K[g] + counts[g] for g in retained]
     heads = [head for g in retained for head in range(start_K[g], split_K[g])]
-    ring_options = {"step_blocks": RING_STEP_BLOCKS, "stages": RING_STAGES}
     return DecodeLayerPlan(
         group_size=group_size, num_groups=num_groups, retrieval_counts=counts, key_sets=sets, batch=batch, capacity=capacity,
         head_dim=head_dim, window=window, sinks=sinks, block_size=block_size, dense=dense,
         selection=plan_selection(
             sets, num_sets=max(sets) + 1, batch=batch, capacity=capacity, device=device, block_size=block_size, masks=read_once
         ) if sets else None,
-        grouped=attention(start_K[: len(counts)], split_K, retained, union_blocks=max(1, -(-capacity // block_size)))
+        grouped=attention("union", start_K[: len(counts)], split_K, retained, union_blocks=max(1, -(-capacity // block_size)))
         if sets and read_once else None,
-        selected=attention(heads, [head + 1 for head in heads], [head // group_size for head in heads]) if sets else None,
-        everything=attention(start_K[: len(counts)], split_K, retained),
-        local_window=attention(split_K, start_K[1 : len(counts) + 1], retained, **ring_options),
-        ring=attention(start_K[len(counts) : -1], start_K[len(counts) + 1 :], [g - len(counts) for g in local], **ring_options),
+        selected=attention("list", heads, [head + 1 for head in heads], [head // group_size for head in heads]) if sets else None,
+        everything=attention("all", start_K[: len(counts)], split_K, retained),
+        local_window=attention("ring", split_K, start_K[1 : len(counts) + 1], retained),
+        ring=attention("ring", start_K[len(counts) : -1], start_K[len(counts) + 1 :], [g - len(counts) for g in local]),
         fused=plan_fused(
             group_size=group_size, num_groups=num_groups, retrieval_counts=counts, key_sets=sets, batch=batch, capacity=capacity,
             head_dim=head_dim, block_size=block_size, device=device,

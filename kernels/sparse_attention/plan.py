@@ -3,10 +3,24 @@
 # B batch  H query heads  J jobs  G heads of a job (padded)  D head dim  L slots for partial results
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from rtpurbo.kernels.division import group_heads, max_waiting, num_processors_of, pipeline_bytes_of
+
+
+class Division(NamedTuple):
+    """Blocks of a step, stages of the pipeline that loads them (one less is on its way), programs a multiprocessor."""
+
+    step_blocks: int
+    stages: int
+    programs_per_processor: int
+
+
+# What was fastest for what a job reads (benchmarks/decode.md): blocks of a list, those of a union of lists, all keys, a ring (small
+# steps leave room beside the selection).
+DIVISIONS = {"list": Division(1, 3, 2), "union": Division(2, 3, 1), "all": Division(2, 3, 1), "ring": Division(1, 4, 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +60,12 @@ def plan_attention(
     head_dim: int,
     device: torch.device | str,
     block_size: int = 64,
-    programs_per_processor: int = 1,
+    reads: str = "list",
+    step_blocks: int | None = None,
+    stages: int | None = None,
+    programs_per_processor: int | None = None,
     merge_tile: int = 64,
-    stages: int = 3,
     num_warps: int = 4,
-    step_blocks: int = 2,
     early_launch: bool = False,
     pipeline_bytes: int | None = None,
     union_blocks: int = 0,
@@ -62,7 +77,9 @@ def plan_attention(
         kv_head_J: for every job the KV head it reads.
         batch, head_dim: largest batch; D.
         device: where the cache lives.
-        block_size, programs_per_processor, merge_tile, stages, num_warps, step_blocks: work division, see benchmarks/decode.md.
+        block_size: keys a block.
+        reads: what the jobs read, one of DIVISIONS.
+        step_blocks, stages, programs_per_processor, merge_tile, num_warps: work division; None: that of DIVISIONS.
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
         pipeline_bytes: shared memory of a multiprocessor for keys and values on their way; what the device has.
         union_blocks: blocks that a cache has at most, for `attend_grouped`; 0: the plan is not for it.
@@ -79,8 +96,15 @@ def plan_attention(
     J, G = heads_JG.shape
     if union_blocks and G > 16:
         raise ValueError(f"plan_attention: a union of the blocks of {G} heads, wanted at most 16")
+    division = DIVISIONS[reads]
     # Wide heads: fewer keys a step, or registers spill.
-    step_blocks = step_blocks if head_dim <= 128 else 1
+    step_blocks = (step_blocks or division.step_blocks) if head_dim <= 128 else 1
+    stages = stages or division.stages
+    pipeline_bytes = pipeline_bytes or pipeline_bytes_of(device)
+    if programs_per_processor is None:
+        # Little shared memory: one program that loads ahead, rather than two that cannot.
+        ahead_bytes = (stages - 1) * step_blocks * block_size * 4 * head_dim
+        programs_per_processor = max(1, min(division.programs_per_processor, pipeline_bytes // ahead_bytes))
     num_processors = num_processors_of(device)
     programs = max(1, -(-num_processors * programs_per_processor // batch))
     slots = programs + J
@@ -93,7 +117,7 @@ def plan_attention(
         max_mergers=max_waiting(batch * J, num_processors) if device.type == "cuda" else 1,
         merge_tile=merge_tile,
         stages=stages,
-        pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor,
+        pipeline_bytes=pipeline_bytes // programs_per_processor,
         num_warps=num_warps,
         step_blocks=step_blocks,
         early_launch=early_launch,

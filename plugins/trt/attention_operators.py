@@ -14,7 +14,6 @@ from rtpurbo.kernels.block_selection import plan_selection
 from rtpurbo.kernels.block_selection.scoring import MOST_HELD_TILES
 from rtpurbo.kernels.cache_write import kernel as write_kernel
 from rtpurbo.kernels.decode_layer import DecodeStep, fused
-from rtpurbo.kernels.decode_layer.plan import RING_STAGES, RING_STEP_BLOCKS
 from rtpurbo.kernels.division import SHARED_BYTES
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
@@ -42,7 +41,7 @@ def _plan_ring(B: int, H: int, K: int, D: int, site: Site) -> Any:
     G = H // K
     return plan_attention(
         [range(g * G, (g + 1) * G) for g in range(K)], range(K), batch=B, head_dim=D, device=site.device, block_size=RING_BLOCK,
-        step_blocks=RING_STEP_BLOCKS, stages=RING_STAGES, pipeline_bytes=site.pipeline_bytes,
+        reads="ring", pipeline_bytes=site.pipeline_bytes,
     )  # fmt: skip
 
 
@@ -177,13 +176,14 @@ def _plan_retained(attributes: Attributes, B: int, H: int, D: int, site: Site, *
     else:
         work, kv_heads = jobs, list(range(len(jobs)))
     retrieval = plan_attention(
-        work, kv_heads, batch=B, head_dim=D, device=site.device, block_size=block, pipeline_bytes=site.pipeline_bytes
-    )
+        work, kv_heads, batch=B, head_dim=D, device=site.device, block_size=block, reads="list" if selects else "all",
+        pipeline_bytes=site.pipeline_bytes,
+    )  # fmt: skip
     local = None
     if rest:
         local = plan_attention(
             [heads for heads, _ in rest], [g for _, g in rest], batch=B, head_dim=D, device=site.device, block_size=RING_BLOCK,
-            step_blocks=RING_STEP_BLOCKS, stages=RING_STAGES, pipeline_bytes=site.pipeline_bytes,
+            reads="ring", pipeline_bytes=site.pipeline_bytes,
         )  # fmt: skip
     return RetainedPlan(retrieval=retrieval, local=local)
 
