@@ -347,6 +347,22 @@ def test_attention_over_selected_blocks_equals_fp64(run, dim, programs):
     assert_attention(run, request, keys_of, 1e-5)
 
 
+def test_a_list_longer_than_a_program_holds_at_a_time_equals_fp64(run):
+    block, blocks, dim = 16, 640, 32
+    q, k, v = attend_inputs(1, block * blocks, 2, 1, dim)
+    mask = torch.rand(1, 1, blocks, generator=torch.Generator().manual_seed(2)) < 0.9
+    ids, count = mask_to_ids(mask)
+    # The interpreter has eight processors: every program has 70 blocks or so, and the last block of the cache is not full.
+    request = {"q": q, "k": k, "v": v, "lengths": [block * blocks - 5], "heads": [(1,)], "kv_heads": [0], "scale": dim**-0.5}
+    request |= {"ids": ids, "count": count, "plan": {"programs_per_processor": 1, "block_size": block, "step_blocks": 2}}
+
+    def keys_of(b, job):
+        token = torch.arange(block * blocks - 5)
+        return token[mask[b, job][token // block]]
+
+    assert_attention(run, request, keys_of, 1e-5)
+
+
 @pytest.mark.parametrize("length", [1, 3, 70, 164, 165, 400])
 def test_ring_decode_equals_local_attention_after_the_token_was_written(run, length):
     window, sinks, dim = 160, 4, 64

@@ -152,6 +152,15 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("impl", ["composed", "fused"])
+@pytest.mark.parametrize("hot_share", [0.1, 0.2, 0.3])
+def test_steps_smaller_than_a_block_equal_fp64(run, hot_share, impl):
+    """Blocks of 128 keys in steps of 64: shares of a list begin in the middle of a block."""
+    layer = LAYERS["groups of 8, one retained"]
+    request = layer_request(**layer, lengths=[128 * 30 + 7], capacity=128 * 31, block_size=128, hot_share=hot_share, impl=impl)
+    assert assert_equals_fp64(run, request) is not None
+
+
+@pytest.mark.parametrize("impl", ["composed", "fused"])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("lengths", [[64 * 17 + 1], [64 * 16, 1100, 0, 64 * 18]], ids=["one", "batch"])
 def test_a_decode_layer_equals_fp64_and_keeps_a_twentieth_to_half_of_its_blocks(run, layer, lengths, impl):

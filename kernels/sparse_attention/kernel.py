@@ -25,7 +25,7 @@ LISTED = tl.constexpr(64)
 
 @triton.jit
 def of_blocks(listed_x, place, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """What the list holds for the block of each of STEP keys from `place` on (counted from the first one listed), [STEP]."""
+    """What the list holds for the block of each of STEP keys from `place` on, counted from the first key of the first block listed."""
     slot_x = tl.arange(0, listed_x.shape[0])
     block_s = tl.arange(0, STEP) // BLOCK
     of_s = tl.zeros([STEP], tl.int32)
@@ -62,18 +62,19 @@ def attend_keys(
     D_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Continue an online softmax (base 2) over the places first ... end - 1, STEP at a time; ids_x, heads_x: the list from `first` on."""
+    """Continue an online softmax (base 2) over places first ... end - 1, STEP at a time; ids_x, heads_x: the list from their block on."""
     dim_D = tl.arange(0, D_PADDED)
     row_s = tl.arange(0, STEP)
+    listed_from = first // BLOCK * BLOCK
     for start in tl.range(first, end, STEP, num_stages=STAGES):
         token_s = start + row_s
         stored_s = token_s < end
         seen_Gs = tl.full([G, STEP], True, tl.int1)
         if HAS_HEADS:
-            heads_s = of_blocks(heads_x, start - first, BLOCK, STEP)
+            heads_s = of_blocks(heads_x, start - listed_from, BLOCK, STEP)
             seen_Gs = ((heads_s[None, :] >> tl.arange(0, G)[:, None]) & 1) != 0
         if HAS_IDS:
-            token_s = of_blocks(ids_x, start - first, BLOCK, STEP) * BLOCK + token_s % BLOCK
+            token_s = of_blocks(ids_x, start - listed_from, BLOCK, STEP) * BLOCK + token_s % BLOCK
             stored_s = stored_s & (token_s < tokens)
         if SHIFTED:
             token_s = tl.where(token_s < sinks, token_s, token_s + shift)
@@ -134,14 +135,15 @@ def attend_span(
     heads_x = ids_x
     if HAS_IDS:
         # Ids stay in registers: loads of the loop's own would take half of the stages of its pipeline from the keys that they lead to.
-        for begin in range(first, end, LISTED * BLOCK):
-            listed_x = begin // BLOCK + slot_x
+        for listed_from in range(first // BLOCK * BLOCK, end, LISTED * BLOCK):
+            listed_x = listed_from // BLOCK + slot_x
             ids_x = tl.load(ids_ptr + listed_x, mask=listed_x * BLOCK < end, other=0, cache_modifier=".cg")
             if HAS_HEADS:
                 heads_x = tl.load(listed_heads_ptr + listed_x, mask=listed_x * BLOCK < end, other=0, cache_modifier=".cg")
             best_G, sum_G, acc_GD = attend_keys(
-                q_GD, best_G, sum_G, acc_GD, k_base, v_base, ids_x, heads_x, begin, tl.minimum(begin + LISTED * BLOCK, end), tokens,
-                sinks, shift, stride_ks, stride_vs, scale_log2, True, HAS_HEADS, SHIFTED, BLOCK, STEP, D, G, D_PADDED, STAGES,
+                q_GD, best_G, sum_G, acc_GD, k_base, v_base, ids_x, heads_x, tl.maximum(first, listed_from),
+                tl.minimum(listed_from + LISTED * BLOCK, end), tokens, sinks, shift, stride_ks, stride_vs, scale_log2,
+                True, HAS_HEADS, SHIFTED, BLOCK, STEP, D, G, D_PADDED, STAGES,
             )  # fmt: skip
     else:
         best_G, sum_G, acc_GD = attend_keys(
