@@ -4,6 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def triton_release() -> tuple[int, int]:
+    """Major and minor release of the installed Triton, for what kernels write differently to suit its compiler."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """One launch of a Triton kernel.

@@ -1,4 +1,6 @@
-"""The kernels of decode and the portable one of prefill fit into the shared memory of every capability that they are compiled for."""
+"""Kernels fit into the shared memory of every capability that they are compiled for, and those of decode load keys ahead into it."""
+
+import re
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ pytest.importorskip("triton")
 
 from rtpurbo.kernels.block_selection import kernel as selection_kernel
 from rtpurbo.kernels.block_selection import plan_selection
+from rtpurbo.kernels.decode_layer.fused import describe as describe_fused
+from rtpurbo.kernels.decode_layer.fused import plan_fused
+from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.division import OTHER_BYTES, SHARED_BYTES
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.kernels.local_attention import kernel as prefill_kernel
@@ -52,6 +57,46 @@ def test_attention(capability, dim, dtype, case):
     ids, count = (torch.zeros(1, 2, *rest, dtype=torch.int32) if selects else None for rest in ((TOKENS // 64,), ()))
     launch = attention_kernel.describe(plan, q, k, k, LENGTHS, ids, count, 1.0, q, torch.zeros(1, 8))
     assert compile_for(launch, capability).metadata.shared <= SHARED_BYTES[capability]
+
+
+def steps_on_their_way(compiled, rows, dim):
+    """Steps of keys (and as many of values) for which each loop of a kernel has shared memory beside the one it computes."""
+    return [int(steps) for steps in re.findall(rf"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{rows}x{dim}xbf16", compiled.asm["ttgir"])]
+
+
+@pytest.mark.parametrize(("reads", "steps"), [("list", [2, 2]), ("ring", [3, 3])])
+def test_attention_loads_keys_ahead(reads, steps):
+    """Triton's compiler decides what is pipelined: a load of ids in the loop, or an address that it cannot follow, ends it."""
+    jobs, kv_heads = ([(0,), (1,)], [0, 0]) if reads == "list" else ([tuple(range(8))], [0])
+    plan = plan_attention(jobs, kv_heads, batch=1, head_dim=128, device="cpu", reads=reads)
+    q = torch.zeros(1, 8, 128, dtype=torch.bfloat16)
+    k = torch.empty(1, TOKENS, 1, 128, dtype=torch.bfloat16, device="meta")
+    ids, count = (torch.zeros(1, 2, *rest, dtype=torch.int32) if reads == "list" else None for rest in ((TOKENS // 64,), ()))
+    launch = attention_kernel.describe(plan, q, k, k, LENGTHS, ids, count, 1.0, q, torch.zeros(1, 8))
+    assert steps_on_their_way(compile_for(launch), 64, 128) == steps
+
+
+@pytest.mark.parametrize("tokens", [1 << 15, 1 << 20])
+def test_the_one_launch_loads_keys_ahead(tokens):
+    """Local heads one step, lists two: where they were measured best."""
+    plan = plan_fused(
+        group_size=8, num_groups=4, retrieval_counts=(5,), key_sets=(0, 1, 2, 3, 4), batch=1, capacity=tokens, head_dim=128, block_size=64,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    q = torch.zeros(1, 32, 128, dtype=torch.bfloat16)
+    k, ring, index_k = (
+        torch.empty(1, rows, heads, dim, dtype=torch.bfloat16, device="meta")
+        for rows, heads, dim in ((tokens, 1, 128), (8196, 3, 128), (tokens, 5, 16))
+    )
+    step = DecodeStep(
+        q_BHD=q, index_q_BHR=torch.zeros(1, 5, 16), lengths_B=LENGTHS, k_BSKD=k, v_BSKD=k, index_k_BSIR=index_k, ring_k_BWKD=ring,
+        ring_v_BWKD=ring, scale=1.0, index_scale=1.0, top_p=0.9, out_BHD=q,
+    )  # fmt: skip
+    ids, count = (torch.zeros(1, 5, *rest, dtype=torch.int32) for rest in ((plan.capacity_blocks,), ()))
+    compiled = compile_for(describe_fused(plan, step, 8192, 4, ids, count, 0))
+    assert steps_on_their_way(compiled, 64, 128) == [1, 1, 2, 2]
+    # Two programs share a multiprocessor.
+    assert 2 * compiled.metadata.shared <= SHARED_BYTES[90]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

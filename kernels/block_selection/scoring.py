@@ -9,10 +9,11 @@ import triton.language as tl
 from triton import knobs
 
 from rtpurbo.kernels.division import stages_that_fit
+from rtpurbo.kernels.launch import triton_release
 
 # From release 3.7 on Triton gives products of eight columns to Hopper's asynchronous unit, which reads its tile from shared memory
 # while the next ones arrive. Engines, whose kernels any release may have compiled, always leave room for it.
-HELD_TILES = int(tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7))
+HELD_TILES = int(triton_release() >= (3, 7))
 MOST_HELD_TILES = 1
 # The interpreter multiplies bf16 numbers only as fp32.
 BF16_PRODUCT = tl.constexpr(tl.float32 if knobs.runtime.interpret else tl.bfloat16)

@@ -10,9 +10,13 @@ from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, wait_until
 from rtpurbo.kernels.block_selection.histogram import ROW, bins_and_offset, load_tile, parts_of, select_whole, sum_part, write_ids
+from rtpurbo.kernels.launch import triton_release
 
 # Counters and the stamps of a program lie in memory lines of their own.
 LINE = tl.constexpr(16)
+# From release 3.7 on Triton's compiler knows nothing of what a while loop returns nor of what is computed from it, and does not pipeline
+# loads whose addresses depend on it: there the words are loaded once more.
+LOADS_AGAIN = tl.constexpr(triton_release() >= (3, 7))
 
 
 @triton.jit
@@ -65,15 +69,20 @@ def one_part_with(count):
 
 @triton.jit
 def counts_when_listed(word_ptrs_X, parts_X, WAITS: tl.constexpr):
-    """Blocks of every list, once all parts of it are written: one trip to memory tells both."""
+    """Blocks of every list, once all parts of it are written: one trip to memory tells both, where Triton's compiler lets it."""
     word_X = tl.zeros_like(parts_X).to(tl.int64)
     if WAITS:
-        while tl.sum(((word_X >> 32) < parts_X).to(tl.int32)) > 0:
-            word_X = tl.atomic_add(word_ptrs_X, word_X * 0, mask=parts_X > 0, sem="acquire", scope="gpu")
-            word_X = tl.where(parts_X > 0, word_X, 0)
+        missing = tl.full([], 1, tl.int32)
+        while missing > 0:
+            seen_X = tl.atomic_add(word_ptrs_X, tl.zeros_like(word_X), mask=parts_X > 0, sem="acquire", scope="gpu")
+            missing = tl.sum(((parts_X > 0) & ((seen_X >> 32) < parts_X)).to(tl.int32))
+            if not LOADS_AGAIN:
+                word_X = seen_X
         tl.debug_barrier()
+    if not WAITS or LOADS_AGAIN:
+        word_X = tl.load(word_ptrs_X, mask=parts_X > 0, other=0, cache_modifier=".cg")
     else:
-        word_X = tl.load(word_ptrs_X, mask=parts_X > 0, other=0)
+        word_X = tl.where(parts_X > 0, word_X, 0)
     return word_X.to(tl.int32)
 
 
