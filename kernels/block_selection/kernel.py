@@ -12,7 +12,7 @@ from triton.language.extra import cuda
 
 from rtpurbo.kernels.arrival import arrive, last_to_leave, wait_until
 from rtpurbo.kernels.block_selection.histogram import ROW, bins_and_offset, load_tile, parts_of, select_whole, sum_part, write_ids
-from rtpurbo.kernels.block_selection.plan import MAX_CHUNKS, MAX_PARTS
+from rtpurbo.kernels.block_selection.plan import MAX_CHUNKS
 from rtpurbo.kernels.block_selection.scoring import score_chunk, score_stages
 from rtpurbo.kernels.division import padded_width
 from rtpurbo.kernels.launch import Launch
@@ -189,7 +189,7 @@ def describe(
             "TILE_BLOCKS": plan.tile_blocks,
             "WARPS": plan.num_warps,
             "STAGES": score_stages(plan.stages, tile_bytes, plan.pipeline_bytes, plan.held_tiles),
-            "PARTS": MAX_PARTS,
+            "PARTS": plan.max_parts,
             "PARTED": plan.capacity_blocks > plan.select_tile,
             "SELECT_TILE": plan.select_tile,
             "PART_BLOCKS": plan.part_blocks,

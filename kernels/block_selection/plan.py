@@ -31,6 +31,7 @@ class SelectionPlan:
     capacity_blocks: int
     block_size: int
     chunks: int
+    max_parts: int
     max_selectors: int
     tile_blocks: int
     select_tile: int
@@ -76,6 +77,11 @@ def divide_heads(key_set_H: Sequence[int], num_sets: int, sets_a_group: int) -> 
 def largest_tile(blocks: int, block_size: int) -> int:
     """Blocks of a tile in which a whole head of that many blocks is selected, if it fits."""
     return max(256, min(MAX_TILE, MAX_TILE_KEYS // block_size, next_power_of_2(blocks)))
+
+
+def parts_for(blocks: int, part_blocks: int, max_parts: int = MAX_PARTS) -> int:
+    """Into how many parts a selection among that many blocks is cut at most, as a power of two."""
+    return next_power_of_2(min(max_parts, -(-blocks // part_blocks)))
 
 
 def check_capacity(name: str, capacity: int, block_size: int, select_tile: int) -> None:
@@ -142,11 +148,14 @@ def plan_selection(
     pipeline_bytes = pipeline_bytes or pipeline_bytes_of(device)
     stages = stages or max(2, min(5, 1 + pipeline_bytes // (sets_in_group * tile_blocks * block_size * 32)))
     chunks = min(MAX_CHUNKS, -(-N // tile_blocks), max(1, programs * sets_in_group // (batch * num_sets)))
+    # What does not fit a tile has at least two parts.
+    part_blocks = min(part_blocks, select_tile)
+    max_parts = parts_for(N, part_blocks)
     shape = {
         "block_max_BHN": ((batch, H, N), torch.float32),
         "block_sum_BHN": ((batch, H, N), torch.float32),
         "chunk_max_BHC": ((batch, H, chunks), torch.float32),
-        "histogram_BHPb": ((batch, H, MAX_PARTS, HISTOGRAM_WORDS), torch.int64),
+        "histogram_BHPb": ((batch, H, max_parts, HISTOGRAM_WORDS), torch.int64),
     }
     return SelectionPlan(
         key_set_H=tuple(key_set_H),
@@ -155,12 +164,12 @@ def plan_selection(
         capacity_blocks=N,
         block_size=block_size,
         chunks=chunks,
+        max_parts=max_parts,
         # The interpreter runs one program after the other: there the last one must not wait for a later one.
         max_selectors=max_waiting(groups, num_processors) if device.type == "cuda" else 1,
         tile_blocks=tile_blocks,
         select_tile=select_tile,
-        # What does not fit a tile has at least two parts.
-        part_blocks=min(part_blocks, select_tile),
+        part_blocks=part_blocks,
         stages=stages,
         pipeline_bytes=pipeline_bytes,
         held_tiles=held_tiles,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.block_selection.plan import HISTOGRAM_WORDS, MAX_PARTS, check_capacity, divide_heads, largest_tile
+from rtpurbo.kernels.block_selection.plan import HISTOGRAM_WORDS, MAX_PARTS, check_capacity, divide_heads, largest_tile, parts_for
 from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.division import next_power_of_2, num_processors_of, padded_width, pipeline_bytes_of, stages_that_fit
 from rtpurbo.kernels.launch import Launch
@@ -50,6 +50,7 @@ class FusedPlan:
     columns: int
     select_tile: int
     part_blocks: int
+    max_parts: int
     step: int
     stages: int
     local_step: int
@@ -92,6 +93,7 @@ def plan_fused(
     score_stages: int = 3,
     select_tile: int | None = None,
     part_blocks: int = 1024,
+    max_parts: int = MAX_PARTS,
     step: int = 64,
     stages: int = 3,
     local_step: int = 64,
@@ -113,6 +115,8 @@ def plan_fused(
     tile_bytes = sets_in_group * block_size * 32
     tile_blocks = tile_blocks or max(num_warps, min(MAX_TILE_BLOCKS, next_power_of_2(TILE_BYTES // tile_bytes + 1) // 2))
     check_capacity("plan_decode_layer", capacity, block_size, select_tile)
+    part_blocks = min(part_blocks, select_tile)
+    max_parts = parts_for(N, part_blocks, max_parts)
     # Wide heads: fewer keys a step.
     row_bytes = 4 * next_power_of_2(head_dim)
     step, local_step = (max(16, min(width, (64 << 10) // row_bytes)) for width in (step, local_step))
@@ -131,7 +135,7 @@ def plan_fused(
         max_registers=min(255, REGISTERS // (programs_per_processor * num_warps * 32) // 8 * 8),
         pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor, held_tiles=held_tiles, num_warps=num_warps,
         tile_blocks=tile_blocks, score_stages=score_stages, sets_in_group=sets_in_group, columns=heads_JG.shape[1],
-        select_tile=select_tile, part_blocks=min(part_blocks, select_tile), step=step, stages=stages,
+        select_tile=select_tile, part_blocks=part_blocks, max_parts=max_parts, step=step, stages=stages,
         local_step=local_step, local_stages=local_stages, merge_tile=merge_tile,
         key_set_H=table(key_sets),
         first_set_J=table(first_J),
@@ -139,7 +143,7 @@ def plan_fused(
         retrieval_K=table([*retrieval_counts, *([0] * (num_groups - len(retrieval_counts)))]),
         block_max_BHN=scratch(batch, H, N), block_sum_BHN=scratch(batch, H, N),
         top_BH=torch.full((batch, H), NEVER, dtype=torch.int32, device=device),
-        histogram_BHPb=scratch(batch, H, MAX_PARTS, HISTOGRAM_WORDS, dtype=torch.int64),
+        histogram_BHPb=scratch(batch, H, max_parts, HISTOGRAM_WORDS, dtype=torch.int64),
         acc_LD=scratch(slots, head_dim), best_L=scratch(slots), sum_L=scratch(slots),
         local_acc_LGD=scratch(local_slots, group_size, head_dim), local_best_LG=scratch(local_slots, group_size),
         local_sum_LG=scratch(local_slots, group_size),
@@ -190,7 +194,7 @@ def _constants(
         "JOBS_PADDED": next_power_of_2(plan.batch * H), "G": plan.columns, "R": R, "R_PADDED": R_padded, "SETS": plan.sets_in_group,
         "TILE_BLOCKS": plan.tile_blocks,
         "SCORE_STAGES": score_stages(plan.score_stages, tile_bytes, plan.pipeline_bytes - SCRATCH_BYTES, plan.held_tiles),
-        "SELECT_TILE": plan.select_tile, "PART_BLOCKS": plan.part_blocks, "PARTS": MAX_PARTS,
+        "SELECT_TILE": plan.select_tile, "PART_BLOCKS": plan.part_blocks, "PARTS": plan.max_parts,
         "PARTED": plan.capacity_blocks > plan.select_tile,
         "D": D, "D_PADDED": padded_width(D), "GROUP_PADDED": padded_width(plan.group_size),
         "STEP": plan.step, "STAGES": stages_that_fit(plan.stages, plan.step * row_bytes, plan.pipeline_bytes),
