@@ -341,7 +341,7 @@ def section_options():
     options: list[dict[str, Any]] = [
         {}, {"local_stages": 1}, {"local_stages": 3}, {"local_step": 32, "local_stages": 3}, {"stages": 2}, {"stages": 4},
         {"programs_per_processor": 3}, {"part_blocks": 512, "max_parts": 32}, {"part_blocks": 2048},
-        {"select_tile": 1024, "part_blocks": 512},
+        {"select_tile": 1024, "part_blocks": 512}, {"step": 128, "stages": 2},
     ]  # fmt: skip
     cases = [("A", tokens, option) for tokens in (K32, K128, M1) for option in options] + [("C", tokens, {}) for tokens in (K32, K128, M1)]
     compiled_together([one_step(layout, tokens, **option) for layout, tokens, option in cases])
