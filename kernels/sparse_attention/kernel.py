@@ -36,32 +36,10 @@ def of_blocks(listed_x, place, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def attend_keys(
-    q_GD,
-    best_G,
-    sum_G,
-    acc_GD,
-    k_base,
-    v_base,
-    ids_x,
-    heads_x,
-    first,
-    end,
-    tokens,
-    sinks,
-    shift,
-    stride_ks,
-    stride_vs,
-    scale_log2,
-    HAS_IDS: tl.constexpr,
-    HAS_HEADS: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    D: tl.constexpr,
-    G: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q_GD, best_G, sum_G, acc_GD, k_base, v_base, ids_x, heads_x, first, end, tokens, sinks, shift, stride_ks, stride_vs, scale_log2,
+    HAS_IDS: tl.constexpr, HAS_HEADS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr,
+    G: tl.constexpr, D_PADDED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Continue an online softmax (base 2) over places first ... end - 1, STEP at a time; ids_x, heads_x: the list from their block on."""
     dim_D = tl.arange(0, D_PADDED)
     row_s = tl.arange(0, STEP)
@@ -98,29 +76,10 @@ def attend_keys(
 
 @triton.jit
 def attend_span(
-    q_GD,
-    k_base,
-    v_base,
-    ids_ptr,
-    listed_heads_ptr,
-    first,
-    end,
-    tokens,
-    sinks,
-    shift,
-    stride_ks,
-    stride_vs,
-    scale_log2,
-    HAS_IDS: tl.constexpr,
-    HAS_HEADS: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    D: tl.constexpr,
-    G: tl.constexpr,
-    D_PADDED: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    q_GD, k_base, v_base, ids_ptr, listed_heads_ptr, first, end, tokens, sinks, shift, stride_ks, stride_vs, scale_log2,
+    HAS_IDS: tl.constexpr, HAS_HEADS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr,
+    G: tl.constexpr, D_PADDED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Online softmax (base 2) of the job's heads over places first ... end - 1 of its list of keys.
 
     HAS_IDS: place x is key x mod BLOCK of the block ids[x // BLOCK], and `first` begins a block or, where a step is less than a block, a
