@@ -113,7 +113,7 @@ def test_prefill_of_an_engine_on_the_smallest_gpu(dtype):
     """A layer with a ring, a cache by position and lists, as its node launches them."""
     case = AttentionCase("AttentionPooledLocal", ((0,), (1,), 1), D=128, dtype=dtype)
     sizes = {
-        "B": 1, "T": 600, "P": PREFILL, "S": 1000, "O": (case.H + 2 * case.K) * 128, "U": 64, "Q": 1000, "K": len(case.counts_K),
+        "B": 1, "T": 600, "M": 600, "P": PREFILL, "S": 1000, "O": (case.H + 2 * case.K) * 128, "U": 64, "Q": 1000, "K": len(case.counts_K),
         "L": case.local, "D": 128, "W": 27, "I": 3, "J": len(case.heads), "R": 16, "H": case.H,
     }  # fmt: skip
     dtypes = {"model": dtype, "index": dtype, "float32": torch.float32, "int32": torch.int32}

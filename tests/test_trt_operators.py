@@ -181,7 +181,7 @@ ATTENTION = [name for name in NODES if name.startswith("Attention")]
 @pytest.mark.parametrize("name", ATTENTION)
 def test_the_launches_of_an_attention_node_append_and_attend_by_role(interpreted, name, chunk):
     case = AttentionCase(name, chunk)
-    poison = torch.full((len(chunk[0]), chunk[2], case.H, case.D), float("nan"))
+    poison = torch.full((len(chunk[0]) * chunk[2], case.H * case.D), float("nan"))
     caches, (out,) = interpreted(name, case.attributes, case.inputs(), [poison])
     kept = case.check(out, caches, 1e-4)
     if ("Selected" in name and chunk[0][1] == 100) or ("Pooled" in name and chunk[0][0] == 0):
@@ -193,7 +193,7 @@ def test_the_launches_of_an_attention_node_append_and_attend_by_role(interpreted
 )
 def test_the_smaller_tiles_of_wide_float32_heads_attend_by_role(interpreted, name, chunk):
     case = AttentionCase(name, chunk, D=128)
-    poison = torch.full((len(chunk[0]), chunk[2], case.H, 128), float("nan"))
+    poison = torch.full((len(chunk[0]) * chunk[2], case.H * 128), float("nan"))
     caches, (out,) = interpreted(name, case.attributes, case.inputs(), [poison], capability=86)
     case.check(out, caches, 1e-4)
 

@@ -91,7 +91,7 @@ class AttentionCase:
         for b in range(B):
             rows[b, : self.counts[b]] = self.raw[b, self.lengths[b] : self.ends[b]].flatten(1)
         named = {
-            "qkv": rows, "cos": self.cos, "sin": self.sin, "norms": self.norms, "index_q": self.index_q_weight,
+            "qkv": rows.flatten(0, 1), "cos": self.cos, "sin": self.sin, "norms": self.norms, "index_q": self.index_q_weight,
             "index_k": self.index_k_weight,
             "k_cache": self._cache(self.k[:, :, :retained], self.lengths), "v_cache": self._cache(self.v[:, :, :retained], self.lengths),
             "ring_k": self._ring(self.k[:, :, retained:], self.lengths), "ring_v": self._ring(self.v[:, :, retained:], self.lengths),
@@ -161,7 +161,7 @@ class AttentionCase:
 
         Returns the share of blocks kept.
         """
-        out, chosen, listed = out.double().cpu(), self._chosen(), self._listed()
+        out, chosen, listed = out.double().cpu().view(len(self.lengths), self.T, self.H, self.D), self._chosen(), self._listed()
         assert out.isfinite().all(), "a row of padding is not finite"
         retained = len(self.counts_K)
         for b, count in enumerate(self.counts):

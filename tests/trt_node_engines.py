@@ -15,7 +15,7 @@ from rtpurbo.plugins.trt.plugins import Session, registered
 
 # Axes that are dynamic in these engines: smallest, typical and largest size.
 DYNAMIC = {
-    "B": (1, 2, 4), "T": (1, 128, 600), "S": (64, 4096, 8192), "P": (1, 1, 2), "M": (1, 128, 2048), "N": (1, 64, 128),
+    "B": (1, 2, 4), "T": (1, 128, 600), "S": (64, 4096, 8192), "P": (1, 1, 2), "M": (1, 128, 2400), "N": (1, 64, 128),
 }  # fmt: skip
 
 

@@ -25,14 +25,16 @@ def attention(g: Graph, node: Node) -> tuple[str, ...]:
     """Outputs of an attention node, in the order of its ports."""
     ports = {port.name for port in node.inputs}
     dim = g.op("Mul", g.size("cos", 1), g.integers(2))
-    x_BTOD = g.gather(g.reshape("qkv", 0, 0, -1, dim), g.attribute("order", "ints"), 2)
+    batch = g.size("lengths", 0)
+    rows = g.op("Div", g.size("qkv", 0), batch)
+    x_BTOD = g.gather(g.reshape("qkv", batch, rows, -1, dim), g.attribute("order", "ints"), 2)
     heads, total = g.axes(g.attribute("heads", "int"), 0), g.size(x_BTOD, 2)
     groups = g.op("Div", g.op("Sub", total, heads), g.integers(2))
     values = g.op("Add", heads, groups)
     qk, v = g.float32(_heads(g, x_BTOD, g.integers(0), values)), _heads(g, x_BTOD, values, total)
     if "norms" in ports:
         qk = _normed(g, qk, heads, groups)
-    turned = _rotated(g, qk)
+    turned = _rotated(g, qk, rows)
     retained = g.size("k_cache", 2) if "k_cache" in ports else g.integers(0)
     kept = g.op("Mul", retained, g.op("Div", heads, groups))
     outs, caches = [], []
@@ -47,7 +49,7 @@ def attention(g: Graph, node: Node) -> tuple[str, ...]:
         out, *written = _call(g, "AttendLocal", inputs)
         outs.append(out)
         caches += written
-    return g.concat(2, *outs), *caches
+    return g.reshape(g.concat(2, *outs), -1, g.op("Mul", heads, dim)), *caches
 
 
 def _heads(g: Graph, x_BTHD: str, start: str, stop: str) -> str:
@@ -63,9 +65,9 @@ def _normed(g: Graph, qk: str, heads: str, groups: str) -> str:
     return g.op("Mul", scaled, g.concat(0, *rows))
 
 
-def _rotated(g: Graph, qk: str) -> str:
+def _rotated(g: Graph, qk: str, rows: str) -> str:
     """Pairs (x_i, x_(i + D/2)) turned by the position's angle, rounded once."""
-    position_BT = g.op("Add", g.axes(g.int64("lengths"), 1), g.count_up(g.size("qkv", 1)))
+    position_BT = g.op("Add", g.axes(g.int64("lengths"), 1), g.count_up(rows))
     # Rows of padding may lie beyond the table.
     position_BT = g.op("Min", position_BT, g.op("Sub", g.size("cos", 0), g.integers(1)))
     cos, sin = (g.axes(g.float32(g.gather(table, position_BT, 0)), 2) for table in ("cos", "sin"))

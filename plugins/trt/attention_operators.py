@@ -285,7 +285,8 @@ class AttentionPlan:
 def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site: Site) -> AttentionPlan:
     """Tables and work division of an attention node."""
     named = dict(zip((port.name for port in node.inputs), shapes, strict=True))
-    B, T, _ = named["qkv"]
+    (B,), rows = named["lengths"], named["qkv"][0]
+    T = rows // B
     H, D, order = attributes["heads"], 2 * named["cos"][1], list(attributes["order"])
     retained, local = (named[name][2] if name in named else 0 for name in ("k_cache", "ring_k"))
     groups, selects = retained + local, "index_q" in named
@@ -339,9 +340,11 @@ def _plan_fused(attributes: Attributes, layer: dict[str, Any], S: int, site: Sit
 def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: Tensors, outputs: Tensors, site: Site) -> None:
     """An attention node: RoPE and append in one launch, then each group by its role."""
     named = dict(zip((port.name for port in node.inputs), inputs, strict=True))
-    qkv, lengths, counts, visible, out = (*(named[name] for name in ("qkv", "lengths", "counts", "visible")), outputs[0])
+    lengths, counts, visible = (named[name] for name in ("lengths", "counts", "visible"))
     facts = plan.append
     H, D, G = facts.num_heads, facts.head_dim, facts.num_heads // facts.num_groups
+    qkv, out = (x.unflatten(0, (lengths.shape[0], -1)) for x in (named["qkv"], outputs[0]))
+    out = out.unflatten(2, (H, D))
     k_cache, v_cache = named.get("k_cache"), named.get("v_cache")
     index_cache = named["index_cache"].transpose(1, 2) if "index_cache" in named else None
     ring_k, ring_v = named.get("ring_k"), named.get("ring_v")

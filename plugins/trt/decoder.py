@@ -120,7 +120,7 @@ class Decoder:
         heads, groups, dim = len(layout.head_order), layout.num_groups, self.shape.head_dim
         order = (*layout.head_order, *(heads + i for i in layout.group_order), *(heads + groups + i for i in layout.group_order))
         attributes = {"heads": heads, "order": order, **self._window()}
-        inputs = [g.reshape(qkv, self.batch, self.rows, (heads + 2 * groups) * dim), cos, sin, "lengths", "counts", self.visible]
+        inputs = [qkv, cos, sin, "lengths", "counts", self.visible]
         cache = f"layers.{layer.index}."
         norm = f"{prefix}q_norm.weight" in self.weights
         if norm:
@@ -143,11 +143,11 @@ class Decoder:
                 attributes |= {"prefill_ppb": in_ppb(f"{self.source}prefill_top_p", m.prefill_mass), "prefill_block": m.prefill_block}
         if local := layer.num_retained < groups:
             inputs += [f"{cache}ring_k", f"{cache}ring_v"]
-        out_BTHD = self.custom(attention_name(norm=norm, retained=retained, local=local), inputs, attributes, cache)[0]
+        out_MA = self.custom(attention_name(norm=norm, retained=retained, local=local), inputs, attributes, cache)[0]
         places = tuple(int(i) for i in np.argsort(layout.head_order))
         if places != tuple(range(heads)):
-            out_BTHD = g.gather(out_BTHD, g.integers(*places), 2)
-        return self.linear(g.reshape(out_BTHD, -1, heads * dim), f"{prefix}o_proj")
+            out_MA = g.reshape(g.gather(g.reshape(out_MA, -1, heads, dim), g.integers(*places), 1), -1, heads * dim)
+        return self.linear(out_MA, f"{prefix}o_proj")
 
     def mlp(self, index: int, x: Pending) -> Pending:
         """The layer's feed-forward part: a gated MLP, or a mixture of experts where the checkpoint has a router."""

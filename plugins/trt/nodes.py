@@ -16,7 +16,7 @@ plugin and not the function body. In TensorRT an aliased output is its input, up
 
 # B batch  T chunk tokens  S cached tokens (capacity)  W ring slots (sinks + window)  H query heads  K kv heads  D head dim
 # I index-key sets  R index dim  N blocks (ceil(S / block))  M = B * T rows  E experts  X experts a token  C hidden  F expert width  G 2F
-# J retrieval heads  O outputs of a product; of fused projections H + 2 K heads of D  L local kv heads  Q positions  U D / 2  Z 2
+# J retrieval heads  O outputs of a product; of fused projections H + 2 K heads of D  A H * D  L local kv heads  Q positions  U D / 2  Z 2
 import json
 from dataclasses import dataclass
 from itertools import product
@@ -129,8 +129,8 @@ def _attention_nodes() -> tuple[Node, ...]:
     for norm, retained, local in product((False, True), RETAINED, (False, True)):
         if not (retained or local):
             continue
-        inputs = "qkv:model:BTO cos:model:QU sin:model:QU lengths:int32:B counts:int32:B visible:int32:B"
-        outputs, aliased = "out:model:BTHD", {}
+        inputs = "qkv:model:MO cos:model:QU sin:model:QU lengths:int32:B counts:int32:B visible:int32:B"
+        outputs, aliased = "out:model:MA", {}
         attributes: dict[str, AttributeType] = {"heads": "int", "order": "ints", "window": "int", "sinks": "int", "scale": "float"}
         if norm:
             inputs += " norms:float32:ZD"
@@ -157,11 +157,13 @@ def _attention_nodes() -> tuple[Node, ...]:
         made.append(
             _node(
                 attention_name(norm=norm, retained=retained, local=local),
-                """qkv holds q, k, v heads side by side; run-time head i is its head order[i] (H, then K + L, then K + L of them; `heads` is
-                H). q and k through their RMS norms (norms: of q, of k; eps), then RoPE with cos and sin of the position; index queries and
-                keys from before RoPE, index_q of head retrieval_heads[j] and index_k of group key_groups[i]. Then the chunk is appended and
-                attends: retained groups as AppendKV + AttendCausal (Causal), Append + SelectBlocks + AttendRetained (Selected) or
-                + AttendPooled (Pooled), local groups as AttendLocal. Index keys lie set by set, which the selection reads faster.""",
+                """Rows of qkv and out are tokens, those of a sequence one after the other: as products give and take them, without a
+                reshape that a library may turn into a copy. qkv holds q, k, v heads side by side; run-time head i is its head
+                order[i] (H, then K + L, then K + L of them; `heads` is H). q and k through their RMS norms (norms: of q, of k; eps),
+                then RoPE with cos and sin of the position; index queries and keys from before RoPE, index_q of head
+                retrieval_heads[j] and index_k of group key_groups[i]. Then the chunk is appended and attends: retained groups as
+                AppendKV + AttendCausal (Causal), Append + SelectBlocks + AttendRetained (Selected) or + AttendPooled (Pooled), local
+                groups as AttendLocal. Index keys lie set by set, which the selection reads faster.""",
                 inputs,
                 outputs,
                 aliased,

@@ -191,6 +191,7 @@ def port_shapes(node: Node, attributes: Attributes, sizes: Mapping[str, int]) ->
     full = {**sizes, "N": -(-sizes["S"] // attributes["block"])} if "block" in attributes else dict(sizes)
     full |= {"F": full["G"] // 2} if "G" in full else {}
     full |= {axis: attributes[name] for name, axis in SIZED_BY.items() if name in attributes}
+    full |= {"A": full["H"] * full["D"]} if "H" in full and "D" in full else {}
     inputs, outputs = ([tuple(full[axis] for axis in port.axes) for port in ports] for ports in (node.inputs, node.outputs))
     return inputs, outputs
 
@@ -205,13 +206,14 @@ def probes(node: Node, largest: Mapping[str, int]) -> Iterator[dict[str, int]]:
     if "B" in axes:
         # One sequence may decode in another way than several.
         choices["B"] = sorted({1, largest["B"], largest["B"] + 1})
-    if "T" in axes:
+    tokens = {"B", "M"} <= axes
+    if "T" in axes or tokens:
         choices["T"] = sorted({1, max(2, largest["T"]), largest["T"] + 1} if largest["T"] > 1 else {1})
     if "S" in axes:
         selects = node.name == "SelectBlocks" or "key_sets" in node.attributes
         bounds = [largest["S"] >> bits for bits in range(11)] if selects else [largest["S"]]
         choices["S"] = sorted({size for bound in bounds if bound for size in (bound, bound + 1)})
-    if "M" in axes:
+    if "M" in axes and not tokens:
         edges = (AUTO_TOKENS, router_kernel.FEW_TOKENS, largest["M"])
         if node.name == "Experts":
             X, E = largest["X"], largest["E"]
@@ -222,5 +224,7 @@ def probes(node: Node, largest: Mapping[str, int]) -> Iterator[dict[str, int]]:
         choices["P"] = [PREFILL, DECODE]
     for values in product(*choices.values()):
         sizes = {**largest, **dict(zip(choices, values, strict=True))}
+        if tokens:
+            sizes["M"] = sizes["B"] * sizes["T"]
         if sizes.get("P") != DECODE or sizes["T"] == 1:
             yield sizes

@@ -131,6 +131,8 @@ class NodePlugin:
         largest = {
             axis: size for port, shape in zip(self.node.inputs, shapes, strict=True) for axis, size in zip(port.axes, shape, strict=True)
         }
+        if "T" not in largest and {"B", "M"} <= largest.keys():
+            largest["T"] = largest["M"] // largest["B"]
         key = f"{self.rule} {largest} {inputs}"
         self.session.seen[key] = (self.node.name, self.attributes, largest, inputs, outputs)
         return largest
@@ -225,6 +227,8 @@ def _plugin_class(trt: Any) -> type:
                     axes[axis] = builder.constant(self.part.attributes[attribute])
             if "F" not in axes and "G" in axes:
                 axes["F"] = builder.operation(trt.DimensionOperation.FLOOR_DIV, axes["G"], builder.constant(2))
+            if any("A" in port.axes for port in node.outputs):
+                axes["A"] = builder.operation(trt.DimensionOperation.PROD, axes["H"], axes["D"])
             return [trt.DimsExprs([axes[axis] for axis in port.axes]) for port in node.outputs]
 
         def supports_format_combination(self, position: int, described: Any, num_inputs: int) -> bool:
