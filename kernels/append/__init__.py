@@ -31,7 +31,7 @@ def rope_append(
     """q, k = RMS-normed where the plan has norms; index_q = W^Q q, index_k = W^K k; then (x1, x2) -> (x1 c - x2 s, x2 c + x1 s).
 
     Args:
-        qkv_BTM: contiguous; q, k, v heads side by side. q and k are changed in place. Row t < counts_B[b] of sequence b has
+        qkv_BTM: contiguous; q, k, v heads side by side. In a chunk q and k are changed in place. Row t < counts_B[b] of sequence b has
             position lengths_B[b] + t; the other rows are neither read nor written.
         plan: from `plan_append`.
         cos_SE, sin_SE: the model's rotary tables by position, first halves (both halves are equal), attention factor included.
@@ -44,8 +44,9 @@ def rope_append(
         index_queries: return index_q.
         impl: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
 
-    Returns (q [B, T, H, D], k [B, T, K, D], v [B, T, K, D] as views of qkv, index_q fp32 [B, T, P, R] or None); rows beyond counts_B
-    are as they were in qkv and finite in index_q. fp32 arithmetic, one rounding at each store.
+    Returns (q [B, T, H, D], k [B, T, K, D], v [B, T, K, D], index_q fp32 [B, T, P, R] or None). Of a chunk q, k and v are views of qkv,
+    whose rows beyond counts_B stay as they are; of one token they may be a new tensor, in which such rows are finite, as in index_q.
+    fp32 arithmetic, one rounding at each store.
     Raises ValueError for shapes that do not fit. The caller keeps lengths + counts within S. Source: METHOD sections 2 and 3;
     one launch: ours.
     """
@@ -79,9 +80,12 @@ def rope_append(
             index_q_BTPR = torch.empty(*qkv_BTM.shape[:2], *plan.index_q_PRD.shape[:2], dtype=torch.float32, device=qkv_BTM.device)
         if qkv_BTM.numel():
             early_launch = qkv_BTM.is_cuda and torch.cuda.get_device_capability(qkv_BTM.device) >= (9, 0)
+            # Beside the heads, not after them, the sets of index keys are projected: with eight sets that is most of the time of one token.
+            out_BTM = torch.empty_like(qkv_BTM) if T == 1 and index_k_BSIR is not None else qkv_BTM
             kernel.describe(
-                qkv_BTM, plan, cos_SE, sin_SE, lengths_B, counts_B, *stores, window, sinks, index_q_BTPR, qkv_BTM, early_launch=early_launch
+                qkv_BTM, plan, cos_SE, sin_SE, lengths_B, counts_B, *stores, window, sinks, index_q_BTPR, out_BTM, early_launch=early_launch
             ).run()
+            qkv_BTM = out_BTM
     else:
         index_q_BTPR = reference.rope_append(qkv_BTM, plan, cos_SE, sin_SE, lengths_B, counts_B, *stores, window, sinks, index_queries)
     q_BTHD, k_BTKD, v_BTKD = qkv_BTM.unflatten(2, (-1, D)).split((H, K, K), dim=2)

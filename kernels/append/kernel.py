@@ -34,6 +34,22 @@ def _project(first_tE, second_tE, weight_ptr, E: tl.constexpr, E_PADDED: tl.cons
 
 
 @triton.jit
+def _append_index(
+    first_tE, second_tE, weight_ptr, index_k_ptr, key_set, position_t, valid_t, stride_is, stride_ii,
+    E: tl.constexpr, E_PADDED: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, IS_FP8: tl.constexpr,
+):  # fmt: skip
+    """Project the rows and store them as index keys of one set; index_k_ptr: of the sequence."""
+    out_tR = _project(first_tE, second_tE, weight_ptr + key_set * (R * 2 * E), E, E_PADDED, R, R_PADDED)
+    if IS_FP8:
+        # The conversion itself makes NaN of what is out of range.
+        out_tR = tl.minimum(tl.maximum(out_tR, -448.0), 448.0)
+    r_R = tl.arange(0, R_PADDED)
+    row_t = key_set * tl.cast(stride_ii, tl.int64) + position_t.to(tl.int64) * stride_is
+    mask_tR = valid_t[:, None] & (r_R < R)[None, :]
+    tl.store(index_k_ptr + row_t[:, None] + r_R[None, :], out_tR.to(index_k_ptr.dtype.element_ty), mask=mask_tR)
+
+
+@triton.jit
 def _store_halves(base_ptr, row_t, stride, first_tE, second_tE, valid_t, E: tl.constexpr, E_PADDED: tl.constexpr):
     e_E = tl.arange(0, E_PADDED)
     mask_tE = valid_t[:, None] & (e_E < E)[None, :]
@@ -55,7 +71,7 @@ def _rope_append(
     index_q_weight_ptr,
     index_k_weight_ptr,
     place_ptr,
-    first_set_ptr,
+    group_ptr,  # int32 [I], the KV group of every set of index keys
     index_q_ptr,
     k_ptr,
     v_ptr,
@@ -72,6 +88,7 @@ def _rope_append(
     stride_rw,
     retained,
     num_places,
+    num_sets,
     window,
     sinks,
     eps,
@@ -96,6 +113,12 @@ def _rope_append(
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     head = tl.program_id(1)
+    # Behind the heads, where the heads stay as they are: one program for each set of index keys, which takes the key head of its group
+    # through the norm once more. In place a key head has all sets of its group, before it changes.
+    key_set = head - (H + 2 * K)
+    if HAS_INDEX_K and SEPARATE:  # noqa: SIM102
+        if key_set >= 0:
+            head = H + tl.load(group_ptr + key_set)
     b = tl.program_id(2).to(tl.int64)
     length, count = tl.load(lengths_ptr + b), tl.load(counts_ptr + b)
     t_t = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -118,24 +141,28 @@ def _rope_append(
             first_tE *= scale_t[:, None] * tl.load(weight_ptr + e_E, mask=e_E < E, other=0.0)[None, :]
             second_tE *= scale_t[:, None] * tl.load(weight_ptr + E + e_E, mask=e_E < E, other=0.0)[None, :]
         r_R = tl.arange(0, R_PADDED)
-        mask_tR = valid_t[:, None] & (r_R < R)[None, :]
         if HAS_INDEX_Q:
             place = tl.load(place_ptr + head, mask=head < H, other=-1)
             if place >= 0:
                 out_tR = _project(first_tE, second_tE, index_q_weight_ptr + place * (R * 2 * E), E, E_PADDED, R, R_PADDED)
                 row_t = ((b * T + t_t) * num_places + place) * R
                 tl.store(index_q_ptr + row_t[:, None] + r_R[None, :], out_tR, mask=inside_t[:, None] & (r_R < R)[None, :])
-        # Nested: the outer condition is decided when the kernel is compiled.
-        if HAS_INDEX_K:  # noqa: SIM102
-            if head >= H:
-                for key_set in range(tl.load(first_set_ptr + head - H), tl.load(first_set_ptr + head - H + 1)):
-                    out_tR = _project(first_tE, second_tE, index_k_weight_ptr + key_set * (R * 2 * E), E, E_PADDED, R, R_PADDED)
-                    if IS_FP8:
-                        # The conversion itself makes NaN of what is out of range.
-                        out_tR = tl.minimum(tl.maximum(out_tR, -448.0), 448.0)
-                    row_t = b * stride_ib + key_set * tl.cast(stride_ii, tl.int64) + position_t.to(tl.int64) * stride_is
-                    out_tR = out_tR.to(index_k_ptr.dtype.element_ty)
-                    tl.store(index_k_ptr + row_t[:, None] + r_R[None, :], out_tR, mask=mask_tR)
+        # Nested: the outer conditions are decided when the kernel is compiled.
+        if HAS_INDEX_K:
+            if SEPARATE:
+                if key_set >= 0:
+                    _append_index(
+                        first_tE, second_tE, index_k_weight_ptr, index_k_ptr + b * stride_ib, key_set, position_t, valid_t,
+                        stride_is, stride_ii, E, E_PADDED, R, R_PADDED, IS_FP8,
+                    )  # fmt: skip
+                    return
+            else:
+                for own in range(0, tl.where(head >= H, num_sets, 0)):
+                    if tl.load(group_ptr + own) == head - H:
+                        _append_index(
+                            first_tE, second_tE, index_k_weight_ptr, index_k_ptr + b * stride_ib, own, position_t, valid_t,
+                            stride_is, stride_ii, E, E_PADDED, R, R_PADDED, IS_FP8,
+                        )  # fmt: skip
         angle_tE = position_t.to(tl.int64)[:, None] * E + e_E[None, :]
         cos_tE = tl.load(cos_ptr + angle_tE, mask=mask_tE, other=0.0).to(tl.float32)
         sin_tE = tl.load(sin_ptr + angle_tE, mask=mask_tE, other=0.0).to(tl.float32)
@@ -201,21 +228,23 @@ def describe(
     strides_k = (0, 0) if k_BSKD is None else k_BSKD.stride()[:2]
     strides_i = (0, 0, 0) if index_k_BSIR is None else index_k_BSIR.stride()[:3]
     strides_r = (0, 0) if ring_k_BWKD is None else ring_k_BWKD.stride()[:2]
+    sets, separate = 0 if index_k_BSIR is None else index_k_BSIR.shape[2], out_BTM is not qkv_BTM
     # A pointer that no branch reads still has to be one.
     unused = qkv_BTM
     return Launch(
-        kernel=_rope_append, grid=(triton.cdiv(T, tile), plan.num_heads + 2 * plan.num_groups, B),
+        kernel=_rope_append,
+        grid=(triton.cdiv(T, tile), plan.num_heads + 2 * plan.num_groups + (sets if separate else 0), B),
         arguments=(
             qkv_BTM, out_BTM, unused if source_O is None else source_O, cos_SE, sin_SE, lengths_B, counts_B,
-            *(unused if x is None else x for x in (plan.norms_2D, plan.index_q_PRD, plan.index_k_IRD)), plan.place_H, plan.first_set_K,
+            *(unused if x is None else x for x in (plan.norms_2D, plan.index_q_PRD, plan.index_k_IRD)), plan.place_H, plan.group_I,
             *(unused if x is None else x for x in (index_q_BTPR, k_BSKD, v_BSKD, index_k_BSIR, ring_k_BWKD, ring_v_BWKD)),
-            T, *strides_k, *strides_i, *strides_r, 0 if k_BSKD is None else k_BSKD.shape[2], P, window, sinks, plan.eps,
+            T, *strides_k, *strides_i, *strides_r, 0 if k_BSKD is None else k_BSKD.shape[2], P, sets, window, sinks, plan.eps,
         ),
         constants={
             "H": plan.num_heads, "K": plan.num_groups, "E": half, "E_PADDED": max(16, triton.next_power_of_2(half)), "R": R,
             "R_PADDED": max(16, triton.next_power_of_2(R)), "TILE": tile, "HAS_NORM": plan.norms_2D is not None,
             "HAS_CACHE": k_BSKD is not None, "HAS_RING": ring_k_BWKD is not None, "HAS_INDEX_K": index_k_BSIR is not None,
-            "HAS_INDEX_Q": index_q_BTPR is not None, "HAS_ORDER": source_O is not None, "SEPARATE": out_BTM is not qkv_BTM,
+            "HAS_INDEX_Q": index_q_BTPR is not None, "HAS_ORDER": source_O is not None, "SEPARATE": separate,
             "IS_FP8": index_k_BSIR is not None and index_k_BSIR.dtype == torch.float8_e4m3fn,
             "EARLY_LAUNCH": early_launch,
         },

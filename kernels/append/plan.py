@@ -10,7 +10,7 @@ import torch
 @dataclass(frozen=True, kw_only=True)
 class AppendPlan:
     """A layer's facts. norms_2D: fp32 weights of q_norm and k_norm, or None. place_H: a query head's place among the retrieval
-    heads, or -1; first_set_K: the first index-key set of every KV group, and I at the end (both int32).
+    heads, or -1; group_I: the KV group of every index-key set (both int32).
     """
 
     num_heads: int
@@ -23,7 +23,7 @@ class AppendPlan:
     index_q_PRD: torch.Tensor | None
     index_k_IRD: torch.Tensor | None
     place_H: torch.Tensor
-    first_set_K: torch.Tensor
+    group_I: torch.Tensor
 
 
 def plan_append(
@@ -64,7 +64,6 @@ def plan_append(
         if any(not 0 <= h < num_heads for h in retrieval_heads) or list(key_groups) != sorted(key_groups):
             raise ValueError(f"plan_append: retrieval heads {list(retrieval_heads)} or groups of the keys {list(key_groups)} do not fit")
     place = {head: p for p, head in enumerate(retrieval_heads)}
-    first_set = [sum(group < g for group in key_groups) for g in range(num_groups + 1)]
 
     def placed(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.to(device, torch.float32).contiguous()
@@ -81,5 +80,5 @@ def plan_append(
         index_q_PRD=placed(index_q_PRD),
         index_k_IRD=placed(index_k_IRD),
         place_H=torch.tensor([place.get(h, -1) for h in range(num_heads)], dtype=torch.int32, device=device),
-        first_set_K=torch.tensor(first_set, dtype=torch.int32, device=device),
+        group_I=torch.tensor(list(key_groups), dtype=torch.int32, device=device),
     )

@@ -308,7 +308,7 @@ def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site
         num_heads=H, num_groups=groups, head_dim=D, eps=attributes.get("eps", 0.0), retrieval_heads=tuple(retrieval_heads),
         key_groups=tuple(key_groups), norms_2D=None, index_q_PRD=None, index_k_IRD=None,
         place_H=table([place.get(head, -1) for head in range(H)]),
-        first_set_K=table([sum(group < g for group in key_groups) for g in range(groups + 1)]),
+        group_I=table(key_groups),
     )  # fmt: skip
     return AttentionPlan(
         append=facts,
