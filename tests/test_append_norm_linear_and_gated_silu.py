@@ -239,6 +239,9 @@ def test_append_refuses_what_does_not_fit():
             run_append({**request, "tensors": request["tensors"] | change, "impl": "reference"})
     with pytest.raises(ValueError, match="wanted an even number"):
         plan_append(num_heads=2, num_groups=1, head_dim=15, device="cpu")
+    index = {"index_q_PRD": torch.zeros(1, 4, 16), "index_k_IRD": torch.zeros(1, 4, 16), "retrieval_heads": (0,), "key_groups": (2,)}
+    with pytest.raises(ValueError, match=r"groups of the keys \[2\] do not fit"):
+        plan_append(num_heads=4, num_groups=2, head_dim=16, device="cpu", **index)
     with pytest.raises(ValueError, match="both norms or none"):
         plan_append(num_heads=2, num_groups=1, head_dim=16, q_norm_D=torch.ones(16), device="cpu")
 

@@ -436,6 +436,8 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
 def test_plans_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="every set"):
         plan_selection((0, 2), num_sets=3, batch=1, capacity=128, device="cpu")
+    with pytest.raises(ValueError, match="'window' is not one of list"):
+        plan_attention([(0,)], [0], batch=1, head_dim=64, device="cpu", reads="window")
     with pytest.raises(ValueError, match="do not fit"):
         plan_attention([(0,), (0,)], [0, 0], batch=1, head_dim=64, device="cpu")
 

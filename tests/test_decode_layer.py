@@ -345,6 +345,22 @@ def test_blocks_are_read_once_where_a_group_shares_many(counts, tokens, once):
     assert reads_once(counts, 8, tokens) == once
 
 
+def test_an_idle_sequence_of_one_launch_gives_zeros(run):
+    request = layer_request(**LAYERS["groups of 8, one retained"], lengths=[0, 64 * 16 + 3], impl="fused")
+    out = run("layer", request)["results"][0][0]
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    assert out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("max_parts", [1, 2])
+def test_parts_that_would_hold_too_many_blocks_are_refused(max_parts):
+    with pytest.raises(ValueError, match=r"wanted at least 2 of at most 4096 blocks"):
+        plan_fused(
+            group_size=8, num_groups=1, retrieval_counts=(8,), key_sets=(0,) * 8, batch=1, capacity=1 << 20, head_dim=16, block_size=64,
+            device=torch.device("cpu"), max_parts=max_parts,
+        )  # fmt: skip
+
+
 QWEN = {"group_size": 8, "num_groups": 4, "dim": 128, "window": 8192}
 
 

@@ -39,16 +39,30 @@ def cases():
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("name", "attributes", "fixed"), cases())
 def test_every_shape_within_the_profiles_finds_its_cubins(name, attributes, fixed, capability):
+    check_profiles(name, attributes, fixed, capability, CAPACITY, lambda draw: draw.randint(256, CAPACITY))
+
+
+# Sizes of a cache whose powers of two all have a multiple of 16 blocks, and the largest one that a selection can have.
+@pytest.mark.parametrize("capacity", [139008, 1056512, 1 << 21])
+def test_every_capacity_of_a_selection_finds_its_cubins(capacity):
+    ((name, attributes, fixed),) = (case.values for case in cases() if case.id == "AttentionSelectedLocal")
+    parameters = name, attributes | {"block": 64}, fixed
+    check_profiles(*parameters, 90, capacity, lambda draw: 256 * draw.randint(1, max(1, capacity >> draw.randint(8, 20))))
+    check_profiles(*parameters, 90, capacity, lambda draw: min(capacity, draw.choice((16640, 192000, capacity))))
+
+
+def check_profiles(name, attributes, fixed, capability, capacity, drawn):
+    """Random executions up to the largest sizes launch nothing that a build for these sizes does not compile."""
     node, session = NODES[name], Session(capabilities=(capability,))
     ports = [[DTYPES[port.dtype] for port in side] for side in (node.inputs, node.outputs)]
     for largest in ({"B": 1, "T": CHUNK, "P": PREFILL, "M": CHUNK}, {"B": BATCH, "T": 1, "P": DECODE, "M": BATCH}):
-        session.seen[str(largest)] = (name, attributes, {**fixed, **largest, "S": CAPACITY}, *ports)
+        session.seen[str(largest)] = (name, attributes, {**fixed, **largest, "S": capacity}, *ports)
     compiled = {variant.shape: variant for variant, _ in distinct(session.launches(capability))}
     draw, checked = random.Random(0), 0
     for trial in range(40):
         decode = trial % 2
         batch, rows = (draw.randint(1, BATCH), 1) if decode else (1, draw.randint(1, CHUNK))
-        sizes = {**fixed, "B": batch, "T": rows, "P": DECODE if decode else PREFILL, "M": batch * rows, "S": draw.randint(256, CAPACITY)}
+        sizes = {**fixed, "B": batch, "T": rows, "P": DECODE if decode else PREFILL, "M": batch * rows, "S": min(capacity, drawn(draw))}
         shapes = port_shapes(node, attributes, sizes)
         described = [list(zip(found, dtypes, strict=True)) for found, dtypes in zip(shapes, ports, strict=True)]
         for work in launches(name, attributes, *described, capability)[0]:

@@ -1,4 +1,4 @@
-"""rope_append in Triton: one program a head and tile of tokens; it norms, projects, rotates and stores."""
+"""rope_append in Triton: one program a head (or a set of index keys) and tile of tokens; it norms, projects, rotates and stores."""
 # Triton's compiler, not Python's type rules, decides what the jitted functions mean:
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 # pyright: reportCallIssue=false, reportAssignmentType=false

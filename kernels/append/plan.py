@@ -61,7 +61,8 @@ def plan_append(
                 f"plan_append: index_q {tuple(index_q_PRD.shape)} and index_k {tuple(index_k_IRD.shape)} do not fit "
                 f"{rows[0]} retrieval heads and {rows[1]} sets of keys"
             )
-        if any(not 0 <= h < num_heads for h in retrieval_heads) or list(key_groups) != sorted(key_groups):
+        inside = all(0 <= h < num_heads for h in retrieval_heads) and all(0 <= g < num_groups for g in key_groups)
+        if not inside or list(key_groups) != sorted(key_groups):
             raise ValueError(f"plan_append: retrieval heads {list(retrieval_heads)} or groups of the keys {list(key_groups)} do not fit")
     place = {head: p for p, head in enumerate(retrieval_heads)}
 

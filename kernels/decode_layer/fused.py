@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.block_selection.plan import HISTOGRAM_WORDS, MAX_PARTS, check_capacity, divide_heads, largest_tile, parts_for
+from rtpurbo.kernels.block_selection.plan import HISTOGRAM_WORDS, MAX_PART, MAX_PARTS, check_capacity, divide_heads, largest_tile, parts_for
 from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.division import next_power_of_2, num_processors_of, padded_width, pipeline_bytes_of, stages_that_fit
 from rtpurbo.kernels.launch import Launch
@@ -117,6 +117,8 @@ def plan_fused(
     check_capacity("plan_decode_layer", capacity, block_size, select_tile)
     part_blocks = min(part_blocks, select_tile)
     max_parts = parts_for(N, part_blocks, max_parts)
+    if select_tile < N and (max_parts < 2 or -(-N // max_parts) > MAX_PART):
+        raise ValueError(f"plan_decode_layer: {N} blocks in {max_parts} parts, wanted at least 2 of at most {MAX_PART} blocks")
     # Wide heads: fewer keys a step.
     row_bytes = 4 * next_power_of_2(head_dim)
     step, local_step = (max(16, min(width, (64 << 10) // row_bytes)) for width in (step, local_step))

@@ -315,11 +315,14 @@ def decode_layer_kernel(
             start -= strand * strand_units
             first_place = place_of(start, larger, share)
             chunks = place_of(start + units - 1, larger, share) - first_place + 1
+            out_ptrs_D = out_ptr + (tl.zeros([], tl.int64) + b) * stride_ob + (head % (num_groups * GROUP)) * stride_oh + dim_D
+            if units == 0:
+                # An idle sequence: nothing else writes its rows.
+                tl.store(out_ptrs_D, tl.zeros([D_PADDED], out_ptr.dtype.element_ty), mask=dim_D < D)
             if (head % GROUP >= at(retrieval_K, group_K, group)) & (units > 0) & (chunks > 1):
                 row = (strand * places + first_place + b * num_local + nth) * GROUP + head % GROUP
                 out_D, lse = merge_head(
                     local_acc_ptr + row * D, local_best_ptr + row, local_expsum_ptr + row, chunks, GROUP, D, D_PADDED, MERGE_TILE
                 )
-                out_ptrs_D = out_ptr + (tl.zeros([], tl.int64) + b) * stride_ob + (head % (num_groups * GROUP)) * stride_oh + dim_D
                 tl.store(out_ptrs_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < D)
     stamp(stamp_ptr, program, 11, STAMPS)

@@ -17,7 +17,7 @@ from rtpurbo.kernels.sparse_attention.union import counts_of_union, list_union
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
-# Keys that are not divided between programs.
+# Keys that are not divided between programs, where no list of blocks says what is read.
 UNIT = tl.constexpr(16)
 # Ids of blocks that a program holds at a time.
 LISTED = tl.constexpr(64)

@@ -84,7 +84,7 @@ def plan_attention(
         pipeline_bytes: shared memory of a multiprocessor for keys and values on their way; what the device has.
         union_blocks: blocks that a cache has at most, for `attend_grouped`; 0: the plan is not for it.
 
-    Raises ValueError for jobs that are empty, share a head or lack a KV head.
+    Raises ValueError for jobs that are empty, share a head or lack a KV head, and for an unknown `reads`.
     """
     device = torch.device(device)
     heads = [head for job in head_J for head in job]
@@ -96,6 +96,8 @@ def plan_attention(
     J, G = heads_JG.shape
     if union_blocks and G > 16:
         raise ValueError(f"plan_attention: a union of the blocks of {G} heads, wanted at most 16")
+    if reads not in DIVISIONS:
+        raise ValueError(f"plan_attention: reads {reads!r} is not one of {', '.join(DIVISIONS)}")
     division = DIVISIONS[reads]
     # Wide heads: fewer keys a step, or registers spill.
     step_blocks = (step_blocks or division.step_blocks) if head_dim <= 128 else 1

@@ -187,7 +187,7 @@ def launches(name: str, attributes: Attributes, inputs: Ports, outputs: Ports, c
 
 
 def port_shapes(node: Node, attributes: Attributes, sizes: Mapping[str, int]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Shapes of a node's inputs and outputs from the size of every axis; N follows from S, F from G, and some are attributes."""
+    """Shapes of a node's inputs and outputs from the size of every axis; N follows from S, F from G, A from H, D; some are attributes."""
     full = {**sizes, "N": -(-sizes["S"] // attributes["block"])} if "block" in attributes else dict(sizes)
     full |= {"F": full["G"] // 2} if "G" in full else {}
     full |= {axis: attributes[name] for name, axis in SIZED_BY.items() if name in attributes}
@@ -197,9 +197,9 @@ def port_shapes(node: Node, attributes: Attributes, sizes: Mapping[str, int]) ->
 
 
 def probes(node: Node, largest: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes at which a node's launches can differ in what has to be compiled, up to the largest; each also one larger.
+    """Sizes at which a node's launches can differ in what has to be compiled, up to the largest (of sequences and tokens one more).
 
-    Neighbouring sizes show which arguments are multiples of 16 by chance only.
+    Neighbouring sizes show which arguments are multiples of 16 by chance only. M is B * T where a node has sequences.
     """
     axes = {axis for port in node.inputs for axis in port.axes}
     choices: dict[str, list[int]] = {}
@@ -210,9 +210,10 @@ def probes(node: Node, largest: Mapping[str, int]) -> Iterator[dict[str, int]]:
     if "T" in axes or tokens:
         choices["T"] = sorted({1, max(2, largest["T"]), largest["T"] + 1} if largest["T"] > 1 else {1})
     if "S" in axes:
+        # A selection is compiled for powers of two of blocks: one size of each kind has an odd number of them, whatever a block is.
         selects = node.name == "SelectBlocks" or "key_sets" in node.attributes
-        bounds = [largest["S"] >> bits for bits in range(11)] if selects else [largest["S"]]
-        choices["S"] = sorted({size for bound in bounds if bound for size in (bound, bound + 1)})
+        odd = (1 + (1 << bits) for bits in range(8, 22)) if selects else (largest["S"] - 1,)
+        choices["S"] = sorted({min(256, largest["S"]), largest["S"], *(size for size in odd if 1 <= size <= largest["S"])})
     if "M" in axes and not tokens:
         edges = (AUTO_TOKENS, router_kernel.FEW_TOKENS, largest["M"])
         if node.name == "Experts":
