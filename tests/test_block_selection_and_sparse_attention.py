@@ -144,6 +144,23 @@ def test_sums_of_a_full_tile_of_equal_blocks_fit_their_limbs(run):
         assert torch.equal(masks_of(run("select", request), blocks), wanted)
 
 
+@pytest.mark.parametrize("top_p", [0.9, 0.97, 0.99])
+def test_the_last_bin_is_found_where_no_high_limb_tells_it(run, top_p):
+    """One hot block and hundreds whose masses lie below the high limb's unit: only exact sums say which of them are taken."""
+    blocks = 520
+    score_n = torch.full((blocks,), -9.05)
+    score_n[::2] = -9.6
+    score_n[7] = 0.0
+    k = torch.full((1, blocks, 64, 1, 16), -40.0)
+    k[0, :, 5, 0, 0] = score_n
+    k[..., 1:] = 0.0
+    q = torch.zeros(1, 1, 16)
+    q[..., 0] = 1.0
+    request = select_request(q, k.flatten(1, 2), (0,), [blocks * 64], top_p=top_p)
+    kept = assert_same_selection(run, request)
+    assert kept.sum() == {0.9: 4, 0.97: 4 + 258, 0.99: blocks}[top_p]
+
+
 def test_tiles_whose_sums_could_overflow_are_refused():
     with pytest.raises(ValueError, match="tiles of 1024"):
         plan_selection((0,), num_sets=1, batch=1, capacity=1 << 18, device="cpu", block_size=128, select_tile=2048)

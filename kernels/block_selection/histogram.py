@@ -14,7 +14,7 @@ BINS_PER_NAT = tl.constexpr(8.0)
 MASS_ONE = tl.constexpr(4294967296.0)
 # Masses of one tile as two limbs, whose sums fit 32 bits: 2^38 = 64 keys * 2^32, up to 4096 blocks.
 LIMB_BITS = tl.constexpr(19)
-LIMB_MASK = tl.constexpr((1 << 19) - 1)
+LIMB = tl.constexpr(524288.0)
 # A part has at most 4096 blocks of 64 keys: its mass stays below 2^51, its count within the 13 bits above.
 COUNT_SHIFT = tl.constexpr(51)
 COUNT_MASK = tl.constexpr((1 << 13) - 1)
@@ -56,25 +56,65 @@ def parts_of(blocks, SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS
 
 
 @triton.jit
-def mass_of(limbs_2):
-    low, high = tl.split(limbs_2)
+def limbs_of(block_max, block_sum, top):
+    """`block_mass` as two limbs of 19 bits, low and high: 32-bit sums are one instruction a warp, 64-bit ones are ten."""
+    mass = block_sum * tl.exp(block_max - top) * MASS_ONE + 0.5
+    # Powers of two and the difference are exact in fp32.
+    high = (mass / LIMB).to(tl.int32)
+    return (mass - high.to(tl.float32) * LIMB).to(tl.int32), high
+
+
+@triton.jit
+def mass_of(low, high):
     return low.to(tl.int64) + (high.to(tl.int64) << LIMB_BITS)
 
 
 @triton.jit
-def masses_below(bin_n, limbs_n2, first, second, third, fourth):
-    """Masses of the blocks whose bin is below each of four limits, as four int64.
+def four_sums(a_n, b_n, c_n, d_n):
+    """Sums of four int32 columns in one exchange between warps: joined along new axes they stay in their thread."""
+    ab_2, cd_2 = tl.split(tl.sum(tl.join(tl.join(a_n, b_n), tl.join(c_n, d_n)), axis=0))
+    a, b = tl.split(ab_2)
+    c, d = tl.split(cd_2)
+    return a, b, c, d
 
-    Limbs of 19 bits: 32-bit sums are one instruction a warp, 64-bit ones are ten. Joined along new axes the addends stay in
-    their thread, so that the four sums share one exchange between warps.
+
+@triton.jit
+def masses_below(bin_n, low_n, high_n, first, second):
+    """Masses of the blocks whose bin is below each of two limits, as int64."""
+    in_first_n = bin_n < first
+    in_second_n = bin_n < second
+    a, b, c, d = four_sums(
+        tl.where(in_first_n, low_n, 0), tl.where(in_first_n, high_n, 0), tl.where(in_second_n, low_n, 0), tl.where(in_second_n, high_n, 0)
+    )  # fmt: skip
+    return mass_of(a, b), mass_of(c, d)
+
+
+@triton.jit
+def last_bin(bin_n, low_n, high_n, TOP_P: tl.constexpr):
+    """The last bin taken: the largest n with (mass of the bins below n, forced blocks in bin -1) < needed; -1: only the forced ones.
+
+    Two bits at a time from masked sums of the high limbs, which rarely miss it; exact masses tell, and find it where they did.
     """
-    bin_n1 = bin_n[:, None]
-    pair_n22 = tl.join(tl.where(bin_n1 < first, limbs_n2, 0), tl.where(bin_n1 < second, limbs_n2, 0))
-    other_n22 = tl.join(tl.where(bin_n1 < third, limbs_n2, 0), tl.where(bin_n1 < fourth, limbs_n2, 0))
-    pair_22, other_22 = tl.split(tl.sum(tl.join(pair_n22, other_n22), axis=0))
-    first_2, second_2 = tl.split(pair_22)
-    third_2, fourth_2 = tl.split(other_22)
-    return mass_of(first_2), mass_of(second_2), mass_of(third_2), mass_of(fourth_2)
+    total_low, total_high, forced_low, forced_high = four_sums(
+        low_n, high_n, tl.where(bin_n < 0, low_n, 0), tl.where(bin_n < 0, high_n, 0)
+    )  # fmt: skip
+    needed = mass_needed(mass_of(total_low, total_high), TOP_P)
+    needed_high = (needed >> LIMB_BITS).to(tl.int32)
+    last = tl.zeros([], tl.int32)
+    for digit in range(4):
+        step = 64 >> (2 * digit)
+        a, b, c, nothing = four_sums(
+            tl.where(bin_n < last + step, high_n, 0), tl.where(bin_n < last + 2 * step, high_n, 0),
+            tl.where(bin_n < last + 3 * step, high_n, 0), tl.zeros_like(high_n),
+        )  # fmt: skip
+        last += ((a < needed_high).to(tl.int32) + (b < needed_high).to(tl.int32) + (c < needed_high).to(tl.int32)) * step
+    below, upto = masses_below(bin_n, low_n, high_n, last, last + 1)
+    if (below >= needed) | ((upto < needed) & (last < BINS - 1)):
+        last = tl.zeros([], tl.int32)
+        for bit in range(8):
+            below, upto = masses_below(bin_n, low_n, high_n, last + (128 >> bit), 0)
+            last += tl.where(below < needed, 128 >> bit, 0)
+    return tl.where(mass_of(forced_low, forced_high) < needed, last, -1)
 
 
 @triton.jit
@@ -86,37 +126,36 @@ def store_mask(mask_ptr, selected_n, start, blocks, TILE: tl.constexpr):
 
 
 @triton.jit
+def load_in_fours(ptr, blocks, TILE: tl.constexpr):
+    """What is stored for the first blocks, four to a load; anything at or beyond `blocks`. Three numbers beyond them can be read."""
+    block_n = tl.arange(0, TILE)
+    return tl.load(ptr + block_n, mask=block_n // 4 * 4 < blocks, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def choose_whole(max_ptr, sum_ptr, blocks, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr):
+    """Select among blocks that fit one tile, in registers: which [TILE], and at which place of the list each of them stands."""
+    block_n = tl.arange(0, TILE)
+    valid_n = block_n < blocks
+    selected_n = valid_n
+    if TOP_P < 1.0:
+        max_n = load_in_fours(max_ptr, blocks, TILE)
+        sum_n = load_in_fours(sum_ptr, blocks, TILE)
+        top = tl.max(tl.where(valid_n, max_n, float("-inf")))
+        low_n, high_n = limbs_of(tl.where(valid_n, max_n, top), tl.where(valid_n, sum_n, 0.0), top)
+        # Forced blocks count from the start: they sit in a bin before the first.
+        bin_n = tl.where(is_forced(block_n, blocks, SINK_BLOCKS), -1, block_bin(tl.where(valid_n, max_n, top), top))
+        selected_n = valid_n & (bin_n <= last_bin(bin_n, low_n, high_n, TOP_P))
+    return selected_n, tl.cumsum(selected_n.to(tl.int32), axis=0) - 1
+
+
+@triton.jit
 def select_whole(
     max_ptr, sum_ptr, ids_ptr, mask_ptr, blocks, TOP_P: tl.constexpr, SINK_BLOCKS: tl.constexpr, TILE: tl.constexpr, MASKS: tl.constexpr
 ):  # fmt: skip
-    """Select among blocks that fit one tile, in registers; returns the count. With MASKS one bit a block as well.
-
-    The last bin taken is the largest n with forced mass + mass of the bins below n < needed: found two bits at a time from
-    masked sums, the same bin as a scan of the histogram gives.
-    """
-    block_n = tl.arange(0, TILE)
-    valid_n = block_n < blocks
-    max_n = tl.load(max_ptr + block_n, mask=valid_n, other=float("-inf"), cache_modifier=".cg")
-    sum_n = tl.load(sum_ptr + block_n, mask=valid_n, other=0.0, cache_modifier=".cg")
-    selected_n = valid_n
-    if TOP_P < 1.0:
-        top = tl.max(max_n)
-        max_n = tl.where(valid_n, max_n, top)
-        mass_n = tl.where(valid_n, block_mass(max_n, sum_n, top), 0)
-        limbs_n2 = tl.join((mass_n & LIMB_MASK).to(tl.int32), (mass_n >> LIMB_BITS).to(tl.int32))
-        # Forced blocks count from the start: they sit in a bin before the first.
-        bin_n = tl.where(is_forced(block_n, blocks, SINK_BLOCKS), -1, block_bin(max_n, top))
-        a, b, c, total = masses_below(bin_n, limbs_n2, 64, 128, 192, BINS)
-        needed = mass_needed(total, TOP_P)
-        last = ((a < needed).to(tl.int32) + (b < needed).to(tl.int32) + (c < needed).to(tl.int32)) * 64
-        forced = total
-        for bits in tl.static_range(4, -1, -2):
-            # Below bin 0: the forced mass.
-            a, b, c, forced = masses_below(bin_n, limbs_n2, last + (1 << bits), last + (2 << bits), last + (3 << bits), 0)
-            last += ((a < needed).to(tl.int32) + (b < needed).to(tl.int32) + (c < needed).to(tl.int32)) << bits
-        selected_n = valid_n & (bin_n <= tl.where(forced < needed, last, -1))
-    place_n = tl.cumsum(selected_n.to(tl.int32), axis=0)
-    tl.store(ids_ptr + place_n - 1, block_n, mask=selected_n)
+    """Select among blocks that fit one tile; returns the count. With MASKS one bit a block as well."""
+    selected_n, place_n = choose_whole(max_ptr, sum_ptr, blocks, TOP_P, SINK_BLOCKS, TILE)
+    tl.store(ids_ptr + place_n, tl.arange(0, TILE), mask=selected_n)
     if MASKS:
         store_mask(mask_ptr, selected_n, 0, blocks, TILE)
     return tl.sum(selected_n.to(tl.int32))

@@ -84,6 +84,12 @@ def parts_for(blocks: int, part_blocks: int, max_parts: int = MAX_PARTS) -> int:
     return next_power_of_2(min(max_parts, -(-blocks // part_blocks)))
 
 
+def scores_of_blocks(batch: int, heads: int, blocks: int, device: torch.device | str) -> torch.Tensor:
+    """Scratch fp32 [batch, heads, blocks] that is read four numbers at a time, up to three beyond its end."""
+    rows = batch * heads * blocks
+    return torch.empty(rows + 4, dtype=torch.float32, device=device)[:rows].view(batch, heads, blocks)
+
+
 def check_capacity(name: str, capacity: int, block_size: int, select_tile: int) -> None:
     """ValueError where the fixed-point sums of the selection could overflow."""
     tile = min(MAX_TILE, MAX_TILE_KEYS // block_size)
@@ -152,8 +158,6 @@ def plan_selection(
     part_blocks = min(part_blocks, select_tile)
     max_parts = parts_for(N, part_blocks)
     shape = {
-        "block_max_BHN": ((batch, H, N), torch.float32),
-        "block_sum_BHN": ((batch, H, N), torch.float32),
         "chunk_max_BHC": ((batch, H, chunks), torch.float32),
         "histogram_BHPb": ((batch, H, max_parts, HISTOGRAM_WORDS), torch.int64),
     }
@@ -181,5 +185,7 @@ def plan_selection(
         first_set_J=torch.tensor(first_J, dtype=torch.int32, device=device),
         counters=torch.zeros(batch, len(first_J) - 1, 2 + heads_JG.shape[1], dtype=torch.int32, device=device),
         mask_BHW=torch.zeros(batch, H, -(-N // 32), dtype=torch.int32, device=device) if masks else None,
+        block_max_BHN=scores_of_blocks(batch, H, N, device),
+        block_sum_BHN=scores_of_blocks(batch, H, N, device),
         **{name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in shape.items()},
     )
