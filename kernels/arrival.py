@@ -18,6 +18,13 @@ def arrive(counter_ptr, amount=1):
 
 
 @triton.jit
+def signal(counter_ptr, amount=1):
+    """`arrive` for those that go on without the old value: nothing waits for the answer."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, amount, sem="release", scope="gpu")
+
+
+@triton.jit
 def wait_until(counter_ptr, target, seen):
     """Spin until the counter reaches target, given a value seen before; what was written before the arrivals is visible.
 

@@ -9,7 +9,7 @@ from kernel_compiler import compile_for
 from rtpurbo.kernels.decode_layer import DecodeStep, choose_impl, decode_layer, plan_decode_layer
 from rtpurbo.kernels.decode_layer.fused import describe, is_faster, plan_fused
 from rtpurbo.kernels.decode_layer.plan import reads_once
-from rtpurbo.kernels.division import num_processors_of
+from rtpurbo.kernels.division import next_power_of_2, num_processors_of
 from rtpurbo.kernels.local_attention import attend_local, ring_positions
 from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
 
@@ -62,7 +62,20 @@ def run_scores(request, device="cpu"):
     return plan.block_max_BHN.cpu()
 
 
-OPERATIONS = {"layer": run_layer, "scores": run_scores}
+def run_roles(request, device="cpu"):
+    """What `roles` gives every program of a launch."""
+    from role_kernel import store_roles
+
+    results = []
+    for case in request["cases"]:
+        padded = next_power_of_2(case[0])
+        out = torch.full((4, padded), -7, dtype=torch.int32, device=device)
+        store_roles[(1,)](out, *case, PADDED=padded)
+        results.append(out.cpu())
+    return results
+
+
+OPERATIONS = {"layer": run_layer, "scores": run_scores, "roles": run_roles}
 
 
 def layer_request(
@@ -315,6 +328,25 @@ def test_narrow_index_keys_decode_as_in_fp64(run, impl, index_dim):
     assert_equals_fp64(run, request)
 
 
+def test_every_program_has_one_role_and_one_turn(interpreted):
+    shapes = [(264, 132), (132, 132), (16, 8), (396, 132), (8, 8)]
+    cases = [
+        (*shape, jobs, scorers, batch, num_local, units * num_local)
+        for shape in shapes for jobs in (1, 5, 80, 150, 700) for scorers in (1, shape[0] // 2, shape[0])
+        for batch, num_local, units in ((1, 4, 513), (3, 4, 1026), (1, 0, 0), (1, 9, 0), (1, 3, 7))
+    ]  # fmt: skip
+    for case, found in zip(cases, interpreted("roles", {"cases": cases}), strict=True):
+        programs, _, jobs, _, batch, num_local, _ = case
+        selector, worker, turn = (row[:programs] for row in found[:3])
+        selectors, workers, strands = found[3, :3].tolist()
+        assert torch.equal(turn.sort().values, torch.arange(programs, dtype=torch.int32)), case
+        assert torch.equal(worker[worker < workers].sort().values, torch.arange(workers, dtype=torch.int32)), case
+        assert torch.equal(selector[selector >= 0].sort().values, torch.arange(min(selectors, programs), dtype=torch.int32)), case
+        assert 1 <= strands <= workers <= programs, case
+        assert selectors in (jobs, programs), case
+        assert strands == 1 or (batch == 1 and strands == num_local), case
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_one_plan_serves_smaller_batches_in_any_order():
@@ -330,7 +362,9 @@ def test_one_plan_serves_smaller_batches_in_any_order():
         )  # fmt: skip
         listed = torch.where(torch.arange(ids.shape[2], device="cuda") < count[..., None], ids, -1)
         whole = whole or (out, listed, count)
-        assert all(torch.equal(mine, all_[:batch]) for mine, all_ in zip((out, listed, count), whole, strict=True))
+        assert all(torch.equal(mine, all_[:batch]) for mine, all_ in zip((listed, count), whole[1:], strict=True))
+        # How work is divided depends on the batch, and the order of sums with it.
+        torch.testing.assert_close(out, whole[0][:batch], rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize(

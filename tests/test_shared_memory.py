@@ -76,9 +76,9 @@ def test_attention_loads_keys_ahead(reads, steps):
     assert steps_on_their_way(compile_for(launch), 64, 128) == steps
 
 
-@pytest.mark.parametrize("tokens", [1 << 15, 1 << 20])
-def test_the_one_launch_loads_keys_ahead(tokens):
-    """Local heads one step, lists two: where they were measured best."""
+@pytest.mark.parametrize(("tokens", "local"), [(1 << 15, 2), (1 << 20, 1)])
+def test_the_one_launch_loads_keys_ahead(tokens, local):
+    """Lists two steps, local heads one, or two where few tokens are scored: where they were measured best."""
     plan = plan_fused(
         group_size=8, num_groups=4, retrieval_counts=(5,), key_sets=(0, 1, 2, 3, 4), batch=1, capacity=tokens, head_dim=128, block_size=64,
         device=torch.device("cpu"),
@@ -94,7 +94,7 @@ def test_the_one_launch_loads_keys_ahead(tokens):
     )  # fmt: skip
     ids, count = (torch.zeros(1, 5, *rest, dtype=torch.int32) for rest in ((plan.capacity_blocks,), ()))
     compiled = compile_for(describe_fused(plan, step, 8192, 4, ids, count, 0))
-    assert steps_on_their_way(compiled, 64, 128) == [1, 1, 2, 2]
+    assert steps_on_their_way(compiled, 64, 128) == [local, local, 2, 2]
     # Two programs share a multiprocessor.
     assert 2 * compiled.metadata.shared <= SHARED_BYTES[90]
 

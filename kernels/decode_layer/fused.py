@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from rtpurbo.kernels.block_selection.plan import HISTOGRAM_WORDS, MAX_PART, MAX_PARTS, check_capacity, divide_heads, largest_tile, parts_for
+from rtpurbo.kernels.block_selection.plan import (
+    HISTOGRAM_WORDS,
+    MAX_PART,
+    MAX_PARTS,
+    check_capacity,
+    divide_heads,
+    largest_tile,
+    parts_for,
+    scores_of_blocks,
+)
 from rtpurbo.kernels.decode_layer.step import DecodeStep
 from rtpurbo.kernels.division import next_power_of_2, num_processors_of, padded_width, pipeline_bytes_of, stages_that_fit
 from rtpurbo.kernels.launch import Launch
@@ -18,6 +27,10 @@ MAX_TILE_BLOCKS = 8
 REGISTERS = 1 << 16
 # Largest batch, in sequences and in tokens of all of them, for which one launch was faster.
 FEW_SEQUENCES, FEW_TOKENS = 8, 1 << 18
+# Blocks of a head selected by one program where a capacity needs parts, and of a part.
+PARTED_TILE, PART_BLOCKS = 1024, 512
+# Largest capacity, in tokens, for which the local heads' keys are loaded two steps ahead.
+FEW_SCORED = 1 << 16
 NEVER = -(1 << 31)
 # What a program has done when it stamps the time.
 STAMP_NAMES = (
@@ -39,7 +52,9 @@ class FusedPlan:
     num_retained: int
     num_sets: int
     num_heads: int
+    processors: int
     programs: int
+    early_launch: bool
     max_registers: int
     pipeline_bytes: int
     held_tiles: int | None
@@ -92,23 +107,31 @@ def plan_fused(
     tile_blocks: int | None = None,
     score_stages: int = 3,
     select_tile: int | None = None,
-    part_blocks: int = 1024,
+    part_blocks: int = PART_BLOCKS,
     max_parts: int = MAX_PARTS,
     step: int = 64,
     stages: int = 3,
     local_step: int = 64,
-    local_stages: int = 2,
+    local_stages: int | None = None,
     merge_tile: int = 32,
     pipeline_bytes: int | None = None,
     held_tiles: int | None = None,
+    early_launch: bool | None = None,
     stamps: bool = False,
 ) -> FusedPlan:
     """Divide the work and allocate scratch memory; key_sets must ascend (the order of `runtime/layout.py`).
 
+    early_launch: overlap the end of the launch before (programmatic dependent launch); None: on GPUs that can. The other options are
+    measured variants, see benchmarks/decode.md.
     stamps: let every program note in `plan.stamps` [programs, 16] when (ns) it came to each of STAMP_NAMES; 0: it did not.
     """
-    select_tile = select_tile or largest_tile(-(-capacity // block_size), block_size)
     H, num_sets, N = len(key_sets), max(key_sets) + 1, max(1, -(-capacity // block_size))
+    tile = largest_tile(N, block_size)
+    select_tile = select_tile or (tile if tile >= N else min(tile, PARTED_TILE))
+    # Few tokens are scored by a part of the programs: the others have the bandwidth of the local heads' keys for themselves.
+    local_stages = local_stages or (3 if capacity <= FEW_SCORED else 2)
+    if early_launch is None:
+        early_launch = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     heads_JG, _, first_J = divide_heads(key_sets, num_sets, 6)
     J = len(first_J) - 1
     sets_in_group = max(first_J[j + 1] - first_J[j] for j in range(J))
@@ -122,7 +145,8 @@ def plan_fused(
     # Wide heads: fewer keys a step.
     row_bytes = 4 * next_power_of_2(head_dim)
     step, local_step = (max(16, min(width, (64 << 10) // row_bytes)) for width in (step, local_step))
-    programs = num_processors_of(device) * programs_per_processor
+    processors = num_processors_of(device)
+    programs = processors * programs_per_processor
     slots, local_slots = programs + batch * H, programs + batch * num_groups
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -133,7 +157,8 @@ def plan_fused(
 
     return FusedPlan(
         batch=batch, capacity_blocks=N, block_size=block_size, group_size=group_size, num_groups=num_groups,
-        num_retained=len(retrieval_counts), num_sets=num_sets, num_heads=H, programs=programs,
+        num_retained=len(retrieval_counts), num_sets=num_sets, num_heads=H, processors=processors, programs=programs,
+        early_launch=early_launch,
         max_registers=min(255, REGISTERS // (programs_per_processor * num_warps * 32) // 8 * 8),
         pipeline_bytes=(pipeline_bytes or pipeline_bytes_of(device)) // programs_per_processor, held_tiles=held_tiles, num_warps=num_warps,
         tile_blocks=tile_blocks, score_stages=score_stages, sets_in_group=sets_in_group, columns=heads_JG.shape[1],
@@ -143,7 +168,7 @@ def plan_fused(
         first_set_J=table(first_J),
         first_head_J=table([sum(key_set < first for key_set in key_sets) for first in first_J]),
         retrieval_K=table([*retrieval_counts, *([0] * (num_groups - len(retrieval_counts)))]),
-        block_max_BHN=scratch(batch, H, N), block_sum_BHN=scratch(batch, H, N),
+        block_max_BHN=scores_of_blocks(batch, H, N, device), block_sum_BHN=scores_of_blocks(batch, H, N, device),
         top_BH=torch.full((batch, H), NEVER, dtype=torch.int32, device=device),
         histogram_BHPb=scratch(batch, H, max_parts, HISTOGRAM_WORDS, dtype=torch.int64),
         acc_LD=scratch(slots, head_dim), best_L=scratch(slots), sum_L=scratch(slots),
@@ -203,7 +228,7 @@ def _constants(
         "LOCAL_STEP": plan.local_step,
         "LOCAL_STAGES": stages_that_fit(plan.local_stages, plan.local_step * row_bytes, plan.pipeline_bytes),
         "MERGE_TILE": plan.merge_tile, "WARPS": plan.num_warps,
-        "STAMPS": plan.stamps is not None,
+        "EARLY_LAUNCH": plan.early_launch, "STAMPS": plan.stamps is not None,
     }  # fmt: skip
 
 
@@ -222,7 +247,7 @@ def describe(
         plan.block_max_BHN, plan.block_sum_BHN, plan.top_BH, plan.histogram_BHPb,
         plan.acc_LD, plan.best_L, plan.sum_L, plan.local_acc_LGD, plan.local_best_LG, plan.local_sum_LG,
         plan.gates, plan.head_counters, plan.listed_2X, plan.gates if plan.stamps is None else plan.stamps, ids_BHN, count_BH,
-        B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,
+        plan.processors, B, H, plan.num_groups, plan.num_retained, plan.num_sets, plan.capacity_blocks, sinks + window, sinks,
         float(step.scale) * LOG2E, float(step.index_scale),
         q_BHD.stride(0), q_BHD.stride(1), k_BSKD.stride(0), k_BSKD.stride(1), k_BSKD.stride(2),
         ring_k.stride(0), ring_k.stride(1), ring_k.stride(2), out_BHD.stride(0), out_BHD.stride(1),
@@ -234,6 +259,7 @@ def describe(
         arguments=arguments,
         constants=_constants(plan, k_BSKD, index_k_BSIR, step.top_p, sinks, phase),
         num_warps=plan.num_warps,
+        early_launch=plan.early_launch,
         all_at_once=phase == 0,
         max_registers=plan.max_registers,
     )

@@ -7,8 +7,9 @@
 # G heads of a group of sets (padded)  L heads of a KV group (padded)  D head dim  R index dim  N blocks  P parts of a head's selection
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-from rtpurbo.kernels.arrival import arrive, wait_until
+from rtpurbo.kernels.arrival import arrive, signal, wait_until
 from rtpurbo.kernels.block_selection.histogram import parts_of
 from rtpurbo.kernels.block_selection.scoring import score_chunk
 from rtpurbo.kernels.decode_layer.fused_parts import (
@@ -18,6 +19,7 @@ from rtpurbo.kernels.decode_layer.fused_parts import (
     counts_when_listed,
     ordered_key,
     place_of,
+    roles,
     select_jobs,
     share_start,
     stamp,
@@ -62,7 +64,7 @@ def decode_layer_kernel(
     stamp_ptr,  # int64 [programs, LINE], with STAMPS
     ids_ptr,  # int32 [B, H, N]
     count_ptr,  # int32 [B, H]
-    batch, num_heads, num_groups, num_retained, num_sets, capacity, slots, sinks, scale_log2, index_scale,
+    processors, batch, num_heads, num_groups, num_retained, num_sets, capacity, slots, sinks, scale_log2, index_scale,
     stride_qb, stride_qh, stride_kb, stride_ks, stride_kh, stride_rb, stride_rs, stride_rh, stride_ob, stride_oh,
     stride_iqb, stride_iqh, stride_ikb, stride_iks, stride_iki,
     PHASE: tl.constexpr,  # 0: everything in one launch; 1 ... 4: one of the stretches between gates, where nothing waits
@@ -72,10 +74,13 @@ def decode_layer_kernel(
     SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr, PARTED: tl.constexpr,
     D: tl.constexpr, D_PADDED: tl.constexpr, GROUP_PADDED: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
     LOCAL_STEP: tl.constexpr, LOCAL_STAGES: tl.constexpr, MERGE_TILE: tl.constexpr, WARPS: tl.constexpr,
-    STAMPS: tl.constexpr,
+    EARLY_LAUNCH: tl.constexpr, STAMPS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     programs = tl.num_programs(0)
+    if EARLY_LAUNCH:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
     stamp(stamp_ptr, program, 0, STAMPS)
     batch_B = tl.arange(0, B_PADDED)
     group_K = tl.arange(0, K_PADDED)
@@ -88,6 +93,8 @@ def decode_layer_kernel(
     retrieval_K = tl.load(retrieval_ptr + group_K, mask=group_K < num_groups, other=GROUP)
     set_end_J = tl.load(first_set_ptr + 1 + group_J, mask=group_J < J, other=0)
     length_B = tl.load(lengths_ptr + batch_B, mask=batch_B < batch, other=0)
+    # How many launches there were: this one's arrivals make no whole one before this program's own.
+    epoch = tl.load(gate_ptr, cache_modifier=".cg") // programs
     blocks_B = tl.cdiv(length_B, BLOCK)
     num_jobs = batch * num_heads
     # Shares of the index keys in tiles times sets; one group of sets reads all of them of each tile.
@@ -138,33 +145,38 @@ def decode_layer_kernel(
     real_X = job_X < num_jobs
     if PHASE == 1 and program == 0:
         tl.store(listed_ptr + job_X, tl.zeros([JOBS_PADDED], tl.int64))
-    rank = program
-    target = tl.zeros([], tl.int64)
-    ticket = tl.zeros([], tl.int64)
+    target = (epoch + 1) * programs
     if PHASE == 0:
-        ticket = arrive(gate_ptr)
-        rank = (ticket % programs).to(tl.int32)
-        target = ticket - rank + programs
-        # Launches alternate between two halves of the words; the first program to arrive clears the half of the next launch.
-        half = ((target // programs) % 2).to(tl.int32)
-        if rank == 0:
+        signal(gate_ptr)
+        # Launches alternate between two halves of the words; one program clears the half of the next launch.
+        half = (epoch % 2).to(tl.int32)
+        if program == programs - 1:
             tl.store(listed_ptr + (1 - half) * JOBS_PADDED + job_X, tl.zeros([JOBS_PADDED], tl.int64))
         listed_ptr += half * JOBS_PADDED
         stamp(stamp_ptr, program, 2, STAMPS)
 
-    # Second stretch: those that arrived last select, the others attend for the local heads. Where half of the programs had nothing
-    # to score, they began at once and do it alone: the rest would start late, and waits for the selection instead.
+    # Local jobs: one a sequence and KV group with local heads; the slots of a strand of them are divided between its places.
+    local_K = (retrieval_K < GROUP).to(tl.int32)
+    num_local = tl.sum(local_K)
+    nth_K = tl.cumsum(local_K, axis=0) - local_K
+    filled_B = tl.minimum(length_B, slots)
+    units_B = tl.cdiv(filled_B, UNIT)
+    local_ends_B = tl.cumsum(units_B, axis=0) * num_local
+
+    # Second stretch: some programs select, the others attend for the local heads.
     max_parts = tl.full([], 1, tl.int32)
     if PARTED:
         max_parts, _ = parts_of(tl.max(blocks_B), SELECT_TILE, PART_BLOCKS, PARTS)
     jobs = num_jobs * max_parts
-    selectors = tl.where(jobs * 3 <= programs * 2, jobs, programs)
-    workers = tl.where(selectors < programs, programs - selectors, programs)
-    workers = tl.where(scorers * 2 <= programs, tl.minimum(workers, programs - scorers), workers)
-    selector = rank - (programs - selectors)
+    local_units = tl.sum(units_B) * num_local
+    selectors, selector, workers, worker, turn, strands = roles(
+        program, programs, processors, jobs, scorers, batch, num_local, local_units, LOCAL_STEP // UNIT
+    )  # fmt: skip
+    strand_units = local_units // strands
+    places = workers // strands
     if (PHASE == 0 or PHASE == 2 or PHASE == 3) and selector >= 0:
         if PHASE == 0:
-            wait_until(gate_ptr, target, ticket + 1)
+            wait_until(gate_ptr, target, tl.zeros([], tl.int64))
             stamp(stamp_ptr, program, 3, STAMPS)
         select_jobs(
             selector, selectors, jobs, max_parts, batch_B, blocks_B, num_heads, capacity, max_ptr, sum_ptr, top_ptr, histogram_ptr,
@@ -173,23 +185,12 @@ def decode_layer_kernel(
         )  # fmt: skip
         stamp(stamp_ptr, program, 7, STAMPS)
 
-    # Local jobs: one a sequence and KV group with local heads; their slots are divided between places. With one sequence every job has
-    # as many places of its own: two spans in a share take almost twice as long as one.
-    local_K = (retrieval_K < GROUP).to(tl.int32)
-    num_local = tl.sum(local_K)
-    nth_K = tl.cumsum(local_K, axis=0) - local_K
-    filled_B = tl.minimum(length_B, slots)
-    units_B = tl.cdiv(filled_B, UNIT)
-    local_ends_B = tl.cumsum(units_B, axis=0) * num_local
-    strands = tl.where((batch == 1) & (num_local <= workers), tl.maximum(num_local, 1), 1)
-    strand_units = tl.sum(units_B) * num_local // strands
-    places = workers // strands
     share = strand_units // places
     larger = strand_units - share * places
     group_L = tl.arange(0, GROUP_PADDED)
-    if (PHASE == 0 or PHASE == 2) and (rank < workers):
-        strand = rank % strands
-        place = rank // strands
+    if (PHASE == 0 or PHASE == 2) and worker < workers:
+        strand = worker % strands
+        place = worker // strands
         pos = strand * strand_units + share_start(tl.minimum(place, places), larger, share)
         stop = strand * strand_units + share_start(tl.minimum(place + 1, places), larger, share)
         while pos < stop:
@@ -232,10 +233,11 @@ def decode_layer_kernel(
             pos = segment_stop
         stamp(stamp_ptr, program, 8, STAMPS)
         if PHASE == 0:
-            arrive(gate_ptr + LINE, tl.where(rank == 0, programs - workers + 1, 1))
+            signal(gate_ptr + LINE, tl.where(worker == 0, programs - workers + 1, 1))
 
     # Third stretch: all programs attend to equal shares of all lists; the last one of a head merges its parts.
     if PHASE == 0 or PHASE == 4:
+        HALF: tl.constexpr = max(STEP // UNIT // 2, 1)
         row_x = tl.arange(0, 16)
         retained_K = tl.where(group_K < num_retained, retrieval_K, 0)
         upto_K = tl.cumsum(retained_K, axis=0)
@@ -259,12 +261,11 @@ def decode_layer_kernel(
         if program == programs - 1:
             tl.store(head_counter_ptr + 2 * job_X, tl.zeros([JOBS_PADDED], tl.int32), mask=real_X)
             tl.store(top_ptr + job_X, tl.full([JOBS_PADDED], NEVER, tl.int32), mask=real_X)
-        # Every list is cut into chunks of equal whole steps: less than a step takes as long as one, and makes more parts to merge.
-        chunk = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(units_X), tl.maximum(programs - num_jobs, programs // 2)), STEP // UNIT), 1)
-        chunk *= STEP // UNIT
+        # Every list is cut into chunks of equal half steps: less than a step takes as long as one, and makes more parts to merge.
+        chunk = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(units_X), tl.maximum(programs - num_jobs, programs // 2)), HALF), 2) * HALF
         chunks_X = tl.cdiv(units_X, chunk)
         ends_X = tl.cumsum(chunks_X, axis=0)
-        for place in range(program, tl.sum(chunks_X), programs):
+        for place in range(turn, tl.sum(chunks_X), programs):
             job = tl.sum((ends_X <= place).to(tl.int32))
             units = at(units_X, job_X, job)
             chunks = at(chunks_X, job_X, job)
@@ -302,7 +303,7 @@ def decode_layer_kernel(
 
         stamp(stamp_ptr, program, 10, STAMPS)
         # The local heads' parts were stored long ago; programs without blocks come first.
-        merge = programs - 1 - program
+        merge = programs - 1 - turn
         if PHASE == 0 and merge < batch * num_groups * GROUP:
             wait_until(gate_ptr + LINE, target, tl.zeros([], tl.int64))
         for head in range(merge, batch * num_groups * GROUP, programs):

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from rtpurbo.kernels.arrival import arrive, wait_until
+from rtpurbo.kernels.arrival import signal, wait_until
 from rtpurbo.kernels.block_selection.histogram import ROW, bins_and_offset, load_tile, parts_of, select_whole, sum_part, write_ids
 from rtpurbo.kernels.launch import triton_release
 
@@ -87,6 +87,46 @@ def counts_when_listed(word_ptrs_X, parts_X, WAITS: tl.constexpr):
 
 
 @triton.jit
+def roles(program, programs, processors, jobs, scorers, batch, num_local, local_units, STEP_UNITS: tl.constexpr):
+    """Who selects, who attends for the local heads, and in which order programs take parts of lists.
+
+    The first `jobs` programs select. Selecting is bound by instructions: where few do, the programs that share their multiprocessors
+    (`processors` further, as a GPU places them) do nothing beside it. The others attend for the local heads. Where half of the programs
+    have nothing to score, they begin at once and do it alone, no more of them than save a whole step, those beside selectors last.
+    Every program attends to lists, those first that only wait for them. With one sequence every local job is a strand of its own with
+    as many places: two spans in a share take almost twice as long as one.
+
+    Returns selectors, the program's number among them (negative: it is none); workers, its number among them (at or beyond `workers`:
+    it is none); its turn at the lists; strands.
+    """
+    all_select = jobs * 3 > programs * 2
+    only_select = tl.where(all_select, 0, jobs)
+    beside = tl.where((jobs * 3 <= programs) & (processors < programs), jobs, 0)
+    free = programs - only_select - beside
+    few_score = scorers * 2 <= programs
+    idle = tl.where(few_score, programs - beside - tl.maximum(scorers, only_select), free)
+    # Descending: scorers are the first programs.
+    worker = free - 1 - (program - only_select - tl.where(program >= processors, beside, 0))
+    worker += tl.where(worker >= idle, beside, 0)
+    worker = tl.where((program >= processors) & (program < processors + beside), idle + program - processors, worker)
+    is_selector = program < only_select
+    worker = tl.where(is_selector, programs, worker)
+
+    workers = tl.where(few_score, idle + beside, idle)
+    strands = tl.where((batch == 1) & (num_local <= workers), tl.maximum(num_local, 1), 1)
+    if few_score:
+        strand_units = local_units // strands
+        steps = tl.cdiv(tl.cdiv(strand_units, workers // strands), STEP_UNITS)
+        needed = tl.cdiv(strand_units, tl.maximum(steps, 1) * STEP_UNITS)
+        workers = tl.minimum(workers, tl.maximum(needed, 1) * strands)
+    waiting = free + beside - workers
+    turn = tl.where(worker < workers, programs - workers + worker, worker - workers)
+    turn = tl.where(is_selector, waiting + program, turn)
+    selector = tl.where(is_selector | all_select, program, -1)
+    return tl.where(all_select, programs, jobs), selector, workers, worker, turn, strands
+
+
+@triton.jit
 def part_of(
     job, max_parts, batch_B, blocks_B, num_heads, SELECT_TILE: tl.constexpr, PART_BLOCKS: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
@@ -118,7 +158,7 @@ def select_jobs(
                 max_ptr + start, sum_ptr + start, ids_ptr + start, ids_ptr, blocks, TOP_P, SINK_BLOCKS, SELECT_TILE, False
             )  # fmt: skip
             tl.store(count_ptr + row, count)
-            arrive(listed_ptr + row, one_part_with(count))
+            signal(listed_ptr + row, one_part_with(count))
     if SUMS and PARTED:
         for job in range(selector, parted, selectors):
             row, part, parts, blocks, lo, hi = part_of(job, max_parts, batch_B, blocks_B, num_heads, SELECT_TILE, PART_BLOCKS, PARTS)
@@ -132,7 +172,7 @@ def select_jobs(
                     SINK_BLOCKS, PART_BLOCKS,
                 )  # fmt: skip
                 stamp(stamp_ptr, program, 4, STAMPS)
-                arrive(head_counter_ptr + 2 * row)
+                signal(head_counter_ptr + 2 * row)
     if WRITES and PARTED:
         for job in range(selector, parted, selectors):
             row, part, parts, blocks, lo, hi = part_of(job, max_parts, batch_B, blocks_B, num_heads, SELECT_TILE, PART_BLOCKS, PARTS)
@@ -150,7 +190,7 @@ def select_jobs(
                 )  # fmt: skip
                 if part == parts - 1:
                     tl.store(count_ptr + row, end)
-                arrive(listed_ptr + row, one_part_with(end - offset))
+                signal(listed_ptr + row, one_part_with(end - offset))
 
 
 @triton.jit

@@ -36,17 +36,22 @@ def of_blocks(listed_x, place, BLOCK: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def attend_keys(
-    q_GD, best_G, sum_G, acc_GD, k_base, v_base, ids_x, heads_x, first, end, tokens, sinks, shift, stride_ks, stride_vs, scale_log2,
+    q_GD, best_G, sum_Gs, acc_GD, k_base, v_base, ids_x, heads_x, first, end, tokens, sinks, shift, stride_ks, stride_vs, scale_log2,
     HAS_IDS: tl.constexpr, HAS_HEADS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, D: tl.constexpr,
     G: tl.constexpr, D_PADDED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Continue an online softmax (base 2) over places first ... end - 1, STEP at a time; ids_x, heads_x: the list from their block on."""
+    """Continue an online softmax (base 2) over places first ... end - 1, STEP at a time; ids_x, heads_x: the list from their block on.
+
+    sum_Gs holds the sums of exponentials by place in a step: added up once at the end, not across warps in every step.
+    """
     dim_D = tl.arange(0, D_PADDED)
     row_s = tl.arange(0, STEP)
     listed_from = first // BLOCK * BLOCK
-    for start in tl.range(first, end, STEP, num_stages=STAGES):
+    # A step lies within blocks of the list.
+    begin = first // min(STEP, BLOCK) * min(STEP, BLOCK) if HAS_IDS else first
+    for start in tl.range(begin, end, STEP, num_stages=STAGES):
         token_s = start + row_s
-        stored_s = token_s < end
+        stored_s = (token_s >= first) & (token_s < end) if HAS_IDS else token_s < end
         seen_Gs = tl.full([G, STEP], True, tl.int1)
         if HAS_HEADS:
             heads_s = of_blocks(heads_x, start - listed_from, BLOCK, STEP)
@@ -68,10 +73,10 @@ def attend_keys(
         safe_best_G = tl.where(new_best_G == float("-inf"), 0.0, new_best_G)
         weight_Gs = tl.exp2(logits_Gs - safe_best_G[:, None])
         decay_G = tl.exp2(best_G - safe_best_G)
-        sum_G = sum_G * decay_G + tl.sum(weight_Gs, axis=1)
+        sum_Gs = sum_Gs * decay_G[:, None] + weight_Gs
         acc_GD = acc_GD * decay_G[:, None] + tl.dot(weight_Gs.to(v_sD.dtype), v_sD, input_precision="ieee")
         best_G = new_best_G
-    return best_G, sum_G, acc_GD
+    return best_G, sum_Gs, acc_GD
 
 
 @triton.jit
@@ -82,12 +87,12 @@ def attend_span(
 ):  # fmt: skip
     """Online softmax (base 2) of the job's heads over places first ... end - 1 of its list of keys.
 
-    HAS_IDS: place x is key x mod BLOCK of the block ids[x // BLOCK], and `first` begins a block or, where a step is less than a block, a
-    step; keys at or beyond `tokens` are not stored yet. HAS_HEADS: only the heads whose bit is set in listed_heads[x // BLOCK] see the
-    block. Without ids place x is slot x; SHIFTED: slots from `sinks` on lie `shift` rows further (a window read from a cache by position).
+    HAS_IDS: place x is key x mod BLOCK of the block ids[x // BLOCK]; keys at or beyond `tokens` are not stored yet. HAS_HEADS: only the
+    heads whose bit is set in listed_heads[x // BLOCK] see the block. Without ids place x is slot x; SHIFTED: slots from `sinks` on lie
+    `shift` rows further (a window read from a cache by position).
     """
     best_G = tl.full([G], float("-inf"), tl.float32)
-    sum_G = tl.zeros([G], tl.float32)
+    sum_Gs = tl.zeros([G, STEP], tl.float32)
     acc_GD = tl.zeros([G, D_PADDED], tl.float32)
     slot_x = tl.arange(0, LISTED)
     ids_x = tl.zeros([LISTED], tl.int32)
@@ -99,17 +104,17 @@ def attend_span(
             ids_x = tl.load(ids_ptr + listed_x, mask=listed_x * BLOCK < end, other=0, cache_modifier=".cg")
             if HAS_HEADS:
                 heads_x = tl.load(listed_heads_ptr + listed_x, mask=listed_x * BLOCK < end, other=0, cache_modifier=".cg")
-            best_G, sum_G, acc_GD = attend_keys(
-                q_GD, best_G, sum_G, acc_GD, k_base, v_base, ids_x, heads_x, tl.maximum(first, listed_from),
+            best_G, sum_Gs, acc_GD = attend_keys(
+                q_GD, best_G, sum_Gs, acc_GD, k_base, v_base, ids_x, heads_x, tl.maximum(first, listed_from),
                 tl.minimum(listed_from + LISTED * BLOCK, end), tokens, sinks, shift, stride_ks, stride_vs, scale_log2,
                 True, HAS_HEADS, SHIFTED, BLOCK, STEP, D, G, D_PADDED, STAGES,
             )  # fmt: skip
     else:
-        best_G, sum_G, acc_GD = attend_keys(
-            q_GD, best_G, sum_G, acc_GD, k_base, v_base, ids_x, heads_x, first, end, tokens, sinks, shift, stride_ks, stride_vs,
+        best_G, sum_Gs, acc_GD = attend_keys(
+            q_GD, best_G, sum_Gs, acc_GD, k_base, v_base, ids_x, heads_x, first, end, tokens, sinks, shift, stride_ks, stride_vs,
             scale_log2, False, False, SHIFTED, BLOCK, STEP, D, G, D_PADDED, STAGES,
         )  # fmt: skip
-    return best_G, sum_G, acc_GD
+    return best_G, tl.sum(sum_Gs, axis=1), acc_GD
 
 
 @triton.jit
