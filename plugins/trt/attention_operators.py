@@ -266,6 +266,10 @@ def _pooled_chunk(
             site.run(_prefill(q_BTKGD[other], *keys, lengths, counts, out_BTKGD[other], attributes, site))
 
 
+# Sequences that the one launch of a decode step is compiled for.
+FUSED_BATCHES = (1, 4, fused.FEW_SEQUENCES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
     """What an attention node knows of its layer and, for one token, its work division (None where there is nothing to divide).
@@ -322,19 +326,18 @@ def plan_attention_node(node: Node, attributes: Attributes, shapes: Shapes, site
 
 
 def _suits_fused(attributes: Attributes, B: int, D: int, S: int, site: Site) -> bool:
-    """Whether a layer decodes in one launch: as kernels.decode_layer.choose_impl says, but one sequence only.
-
-    The kernel is compiled for every power of two of sequences and of their heads, seconds each, which an engine would have to bring.
-    """
+    """Whether a layer decodes in one launch: as kernels.decode_layer.choose_impl says."""
     ascending = list(attributes["key_sets"]) == sorted(attributes["key_sets"])
-    return B == 1 and ascending and fused.is_faster(divmod(site.capability, 10), torch.bfloat16, B, S, D)
+    return ascending and fused.is_faster(divmod(site.capability, 10), torch.bfloat16, B, S, D)
 
 
 def _plan_fused(attributes: Attributes, layer: dict[str, Any], S: int, site: Site) -> Any:
-    key_sets = list(attributes["key_sets"])
+    """The one launch is compiled for a largest batch, seconds each: a plan for more sequences than there are saves an engine some."""
+    batch = min(size for size in FUSED_BATCHES if size >= layer["batch"])
     return fused.plan_fused(
-        **layer, key_sets=key_sets, capacity=S, device=site.device, pipeline_bytes=site.pipeline_bytes, held_tiles=MOST_HELD_TILES
-    )
+        **(layer | {"batch": batch}), key_sets=list(attributes["key_sets"]), capacity=S, device=site.device,
+        pipeline_bytes=site.pipeline_bytes, held_tiles=MOST_HELD_TILES, early_launch=site.launches_early,
+    )  # fmt: skip
 
 
 def attention(node: Node, attributes: Attributes, plan: AttentionPlan, inputs: Tensors, outputs: Tensors, site: Site) -> None:

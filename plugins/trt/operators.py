@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rtpurbo.kernels.decode_layer import fused
 from rtpurbo.kernels.experts import FEW_TOKENS, GLUON_ROWS, few_kernel
 from rtpurbo.kernels.experts import kernel as experts_kernel
 from rtpurbo.kernels.experts.sorting import PAIRS
@@ -24,6 +25,7 @@ from rtpurbo.kernels.norm_linear import AUTO_TOKENS, MAX_WIDTH
 from rtpurbo.kernels.norm_linear import kernel as matvec_kernel
 from rtpurbo.kernels.router import kernel as router_kernel
 from rtpurbo.plugins.trt.attention_operators import (
+    FUSED_BATCHES,
     append,
     attend_local,
     attend_pooled,
@@ -197,15 +199,16 @@ def port_shapes(node: Node, attributes: Attributes, sizes: Mapping[str, int]) ->
 
 
 def probes(node: Node, largest: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Sizes at which a node's launches can differ in what has to be compiled, up to the largest (of sequences and tokens one more).
+    """Sizes at which a node's launches can differ in what has to be compiled, up to the largest (of tokens one more).
 
     Neighbouring sizes show which arguments are multiples of 16 by chance only. M is B * T where a node has sequences.
     """
     axes = {axis for port in node.inputs for axis in port.axes}
     choices: dict[str, list[int]] = {}
     if "B" in axes:
-        # One sequence may decode in another way than several.
-        choices["B"] = sorted({1, largest["B"], largest["B"] + 1})
+        # The fewest sequences of each kind of decode step: they may have the longest caches.
+        fewest = (1, *(size + 1 for size in FUSED_BATCHES))
+        choices["B"] = sorted({B for B in (*fewest, largest["B"] - 1, largest["B"]) if 1 <= B <= largest["B"]})
     tokens = {"B", "M"} <= axes
     if "T" in axes or tokens:
         choices["T"] = sorted({1, max(2, largest["T"]), largest["T"] + 1} if largest["T"] > 1 else {1})
@@ -213,7 +216,9 @@ def probes(node: Node, largest: Mapping[str, int]) -> Iterator[dict[str, int]]:
         # A selection is compiled for powers of two of blocks: one size of each kind has an odd number of them, whatever a block is.
         selects = node.name == "SelectBlocks" or "key_sets" in node.attributes
         odd = (1 + (1 << bits) for bits in range(8, 22)) if selects else (largest["S"] - 1,)
-        choices["S"] = sorted({min(256, largest["S"]), largest["S"], *(size for size in odd if 1 <= size <= largest["S"])})
+        # Several sequences decode in one launch up to so many tokens each.
+        beyond = (fused.FEW_TOKENS // B + 1 for B in range(2, FUSED_BATCHES[-1] + 1) if selects)
+        choices["S"] = sorted({min(256, largest["S"]), largest["S"], *(S for S in (*odd, *beyond) if 1 <= S <= largest["S"])})
     if "M" in axes and not tokens:
         edges = (AUTO_TOKENS, router_kernel.FEW_TOKENS, largest["M"])
         if node.name == "Experts":
