@@ -301,7 +301,7 @@ def section_sweep():
             rows.append(time_selected("A", tokens, share))
             rows += [time_decode("A", tokens, impl=impl, share=share) for impl in ("fused", "composed")]
             rows += [time_decode(layout, tokens, impl="composed", share=share, read_once=True) for layout in ("A", "C")]
-            rows.append(time_decode("C", tokens, impl="composed", share=share))
+            rows += [time_decode("C", tokens, impl=impl, share=share) for impl in ("fused", "composed")]
     return rows
 
 
@@ -339,9 +339,9 @@ def section_stamps():
 def section_options():
     """Options of the one launch beside their defaults."""
     options: list[dict[str, Any]] = [
-        {}, {"local_stages": 1}, {"local_stages": 3}, {"local_step": 32, "local_stages": 3}, {"stages": 2}, {"stages": 4},
-        {"programs_per_processor": 3}, {"part_blocks": 512, "max_parts": 32}, {"part_blocks": 2048},
-        {"select_tile": 1024, "part_blocks": 512}, {"step": 128, "stages": 2},
+        {}, {"early_launch": False}, {"local_stages": 1}, {"local_stages": 2}, {"local_stages": 3}, {"stages": 2}, {"stages": 4},
+        {"programs_per_processor": 3}, {"select_tile": 1024, "part_blocks": 512}, {"part_blocks": 512, "max_parts": 32}, {"merge_tile": 64},
+        {"num_warps": 8, "programs_per_processor": 1, "step": 128, "local_step": 128, "tile_blocks": 8},
     ]  # fmt: skip
     cases = [("A", tokens, option) for tokens in (K32, K128, M1) for option in options] + [("C", tokens, {}) for tokens in (K32, K128, M1)]
     compiled_together([one_step(layout, tokens, **option) for layout, tokens, option in cases])
