@@ -333,9 +333,9 @@ def _suits_fused(attributes: Attributes, B: int, D: int, S: int, site: Site) -> 
 
 def _plan_fused(attributes: Attributes, layer: dict[str, Any], S: int, site: Site) -> Any:
     """The one launch is compiled for a largest batch, seconds each: a plan for more sequences than there are saves an engine some."""
-    batch = min(size for size in FUSED_BATCHES if size >= layer["batch"])
+    layer = layer | {"batch": min(size for size in FUSED_BATCHES if size >= layer["batch"])}
     return fused.plan_fused(
-        **(layer | {"batch": batch}), key_sets=list(attributes["key_sets"]), capacity=S, device=site.device,
+        **layer, key_sets=list(attributes["key_sets"]), capacity=S, device=site.device,
         pipeline_bytes=site.pipeline_bytes, held_tiles=MOST_HELD_TILES, early_launch=site.launches_early,
     )  # fmt: skip
 
