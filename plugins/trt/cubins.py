@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ _TYPES = {
 _C_TYPES: dict[str, Any] = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 _ALIGNMENT = 16
 DESCRIPTOR = "tensordesc"
+# Of Triton's reading of a kernel's source.
+_READING = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,7 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
     kind = ASTSource
     if type(kernel).__module__.startswith("triton.experimental.gluon"):
         from triton.experimental.gluon._runtime import GluonASTSource as kind
-    source = kind(kernel, signature, values, hints)
+    source = _read_in_turn(kind)(kernel, signature, values, hints)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:
@@ -194,6 +197,25 @@ def _compile(variant: Variant, kernel: Any, capability: int, folder: Path) -> di
         "num_stages": variant.num_stages,
         "max_registers": variant.max_registers,
     }
+
+
+def _read_in_turn(kind: type) -> type:
+    """A kind of source of Triton's that one thread reads at a time.
+
+    CPython 3.11 counts the depth of syntax trees for all threads together, and fails with "AST constructor recursion depth mismatch" where
+    two read sources at once (python/cpython#106905). The reading is Python: nothing is lost by turns.
+    """
+
+    class Source(kind):
+        def hash(self, *arguments: Any) -> str:
+            with _READING:
+                return super().hash(*arguments)
+
+        def make_ir(self, *arguments: Any, **options: Any) -> Any:
+            with _READING:
+                return super().make_ir(*arguments, **options)
+
+    return Source
 
 
 class CubinTable:
