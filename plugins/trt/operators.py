@@ -24,14 +24,12 @@ from rtpurbo.kernels.norm import kernel as norm_kernel
 from rtpurbo.kernels.norm_linear import AUTO_TOKENS, MAX_WIDTH
 from rtpurbo.kernels.norm_linear import kernel as matvec_kernel
 from rtpurbo.kernels.router import kernel as router_kernel
+from rtpurbo.plugins.trt.attention_node import FUSED_BATCHES, attention, plan_attention_node
 from rtpurbo.plugins.trt.attention_operators import (
-    FUSED_BATCHES,
     append,
     attend_local,
     attend_pooled,
     attend_retained,
-    attention,
-    plan_attention_node,
     plan_pooled,
     plan_retained,
     plan_ring,
