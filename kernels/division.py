@@ -42,10 +42,14 @@ def group_heads(group_H: Sequence[int], num_groups: int, *, at_least: int = 1) -
 
 
 def num_processors_of(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 8 on a CPU, where the interpreter runs one program after the other."""
+    """Multiprocessors of a GPU; 8 on a CPU, where the interpreter runs one program after the other.
+
+    On the meta device, where launches are described to be compiled for GPUs of any size, 7: what is computed from it is then no multiple
+    of 16 by chance, which a kernel would be compiled for.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
-    return 8
+    return 7 if device.type == "meta" else 8
 
 
 def max_waiting(num_groups: int, num_processors: int) -> int:

@@ -329,10 +329,10 @@ def test_narrow_index_keys_decode_as_in_fp64(run, impl, index_dim):
 
 
 def test_every_program_has_one_role_and_one_turn(interpreted):
-    shapes = [(264, 132), (132, 132), (16, 8), (396, 132), (8, 8)]
+    shapes = [(264, 132), (132, 132), (16, 8), (396, 132), (528, 132), (8, 8)]
     cases = [
         (*shape, jobs, scorers, batch, num_local, units * num_local)
-        for shape in shapes for jobs in (1, 5, 80, 150, 700) for scorers in (1, shape[0] // 2, shape[0])
+        for shape in shapes for jobs in (1, 5, 80, 136, 150, 700) for scorers in (1, shape[0] // 2, shape[0])
         for batch, num_local, units in ((1, 4, 513), (3, 4, 1026), (1, 0, 0), (1, 9, 0), (1, 3, 7))
     ]  # fmt: skip
     for case, found in zip(cases, interpreted("roles", {"cases": cases}), strict=True):

@@ -101,7 +101,7 @@ def roles(program, programs, processors, jobs, scorers, batch, num_local, local_
     """
     all_select = jobs * 3 > programs * 2
     only_select = tl.where(all_select, 0, jobs)
-    beside = tl.where((jobs * 3 <= programs) & (processors < programs), jobs, 0)
+    beside = tl.where((jobs * 3 <= programs) & (jobs <= processors) & (processors < programs), jobs, 0)
     free = programs - only_select - beside
     few_score = scorers * 2 <= programs
     idle = tl.where(few_score, programs - beside - tl.maximum(scorers, only_select), free)

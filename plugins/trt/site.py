@@ -27,7 +27,7 @@ class Site:
 
     @property
     def processors(self) -> int:
-        """Multiprocessors of the GPU; while building any number, as only grids depend on it."""
+        """Multiprocessors of the GPU; while building a number that no multiple of 16 comes from."""
         return num_processors_of(self.device)
 
     @property
