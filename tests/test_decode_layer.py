@@ -353,7 +353,7 @@ def test_one_plan_serves_smaller_batches_in_any_order():
     lengths = [64 * 17 + 5, 64 * 16, 700]
     request = layer_request(**LAYERS["groups of 4, differing counts"], lengths=lengths, impl="fused", dtype=torch.bfloat16, device="cuda")
     plan = plan_decode_layer(**request["plan"], device="cuda")
-    whole = None
+    first = {}
     for batch in [3, 1, 3, 2, 2, 1, 1, 3] * 4:
         step = {name: None if request[name] is None else request[name][:batch] for name in TENSORS}
         out, (ids, count) = decode_layer(
@@ -361,7 +361,8 @@ def test_one_plan_serves_smaller_batches_in_any_order():
             index_scale=1.0, top_p=0.9, impl="fused",
         )  # fmt: skip
         listed = torch.where(torch.arange(ids.shape[2], device="cuda") < count[..., None], ids, -1)
-        whole = whole or (out, listed, count)
+        again, whole = first.setdefault(batch, (out, listed, count)), first[3]
+        assert all(torch.equal(mine, before) for mine, before in zip((out, listed, count), again, strict=True))
         assert all(torch.equal(mine, all_[:batch]) for mine, all_ in zip((listed, count), whole[1:], strict=True))
         # How work is divided depends on the batch, and the order of sums with it.
         torch.testing.assert_close(out, whole[0][:batch], rtol=2**-7, atol=2**-9)
