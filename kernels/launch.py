@@ -1,7 +1,9 @@
-"""A launch as data: which kernel, over which grid, with which arguments. Triton's compiler runs it here, an engine a cubin of it."""
+"""A launch as data: which kernel, over which grid, with which arguments. Its compiler runs it here, an engine a cubin of it."""
 
 from dataclasses import dataclass
 from typing import Any
+
+from rtpurbo.kernels.cuda import CudaKernel
 
 
 def triton_release() -> tuple[int, int]:
@@ -14,10 +16,10 @@ def triton_release() -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One launch of a Triton kernel.
+    """One launch of a kernel in Triton, or in CUDA C++.
 
     arguments: the run-time parameters in the kernel's order, tensors as their pointers or as tensor descriptors. constants: its constexpr
-    parameters by name.
+    parameters by name, or its macros.
     early_launch: programmatic dependent launch, for a kernel that waits for the launch before it.
     all_at_once: refuse a grid whose programs do not all fit the GPU together, for programs that wait for each other.
     max_registers: of a thread, where the assembler would spill rather than let fewer programs share a multiprocessor; None: its choice.
@@ -35,6 +37,9 @@ class Launch:
 
     def run(self) -> None:
         """Compile (once for each kind of arguments) and launch on the current stream."""
+        if isinstance(self.kernel, CudaKernel):
+            self.kernel.run(self)
+            return
         options = {
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,

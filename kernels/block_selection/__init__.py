@@ -7,7 +7,7 @@ score_and_select: the decode form, fused with the index scores in one launch; it
 import torch
 
 from rtpurbo.kernels.block_scores import block_scores
-from rtpurbo.kernels.block_selection import reference
+from rtpurbo.kernels.block_selection import cuda, reference
 from rtpurbo.kernels.block_selection.plan import SelectionPlan, plan_selection
 from rtpurbo.kernels.block_selection.reference import mask_to_ids, mask_to_words, words_to_mask
 
@@ -75,7 +75,8 @@ def score_and_select(
         scale: logit scale (manifest `indexer.scale`).
         top_p: > 0; >= 1 selects every block.
         sinks: tokens whose block(s) are forced, like the newest two blocks.
-        impl: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
+        impl: "auto" (on a GPU "cuda" where the plan has it and the tensors allow it, else "triton"; on a CPU the reference), "cuda" (in
+            CUDA C++), "triton" or "reference".
 
     Returns ids int32 [B, H, N], ascending, and count int32 [B, H]; places at or beyond the count are unspecified. A plan with
     masks holds the same sets as bits afterwards, up to the word of a sequence's last block.
@@ -98,8 +99,15 @@ def score_and_select(
         )
     if not top_p > 0 or lengths_B.dtype != torch.int32 or index_q_BHR.stride(2) != 1:
         raise ValueError(f"score_and_select: top_p {top_p} must be > 0, lengths {lengths_B.dtype} int32, index_q contiguous")
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f"score_and_select: impl {impl!r} is not one of auto, triton, reference")
+    if impl not in ("auto", "cuda", "triton", "reference"):
+        raise ValueError(f"score_and_select: impl {impl!r} is not one of auto, cuda, triton, reference")
+    obstacle = "the plan has no such launch: masks, the shape or the GPU do not allow it"
+    if plan.cuda is not None:
+        obstacle = cuda.index_obstacle(torch.cuda.get_device_capability(index_q_BHR.device), index_q_BHR, index_k_BSIR)
+    if impl == "cuda" and obstacle is not None:
+        raise ValueError(f"score_and_select: impl 'cuda' cannot run: {obstacle}")
+    if plan.cuda is not None and obstacle is None and (impl == "cuda" or (impl == "auto" and top_p < 1)):
+        return cuda.launch(plan.cuda, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks)
     if impl == "triton" or (impl == "auto" and index_q_BHR.is_cuda):
         from rtpurbo.kernels.block_selection import kernel
 

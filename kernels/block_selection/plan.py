@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import torch
 
+from rtpurbo.kernels.block_selection.cuda import CudaSelectionPlan, plan_cuda_selection
 from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of, pipeline_bytes_of
 
 NUM_BINS = 256
@@ -51,6 +52,7 @@ class SelectionPlan:
     histogram_BHPb: torch.Tensor
     counters: torch.Tensor
     mask_BHW: torch.Tensor | None
+    cuda: CudaSelectionPlan | None
 
 
 def group_sets(key_set_H: Sequence[int], num_sets: int, sets_a_group: int) -> list[int]:
@@ -157,6 +159,7 @@ def plan_selection(
     # What does not fit a tile has at least two parts.
     part_blocks = min(part_blocks, select_tile)
     max_parts = parts_for(N, part_blocks)
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     shape = {
         "chunk_max_BHC": ((batch, H, chunks), torch.float32),
         "histogram_BHPb": ((batch, H, max_parts, HISTOGRAM_WORDS), torch.int64),
@@ -184,6 +187,9 @@ def plan_selection(
         set_slot_JG=set_slot_JG.to(device=device, dtype=torch.int32),
         first_set_J=torch.tensor(first_J, dtype=torch.int32, device=device),
         counters=torch.zeros(batch, len(first_J) - 1, 2 + heads_JG.shape[1], dtype=torch.int32, device=device),
+        cuda=plan_cuda_selection(key_set_H, batch=batch, capacity=capacity, device=device, block_size=block_size)
+        if on_hopper and not masks
+        else None,
         mask_BHW=torch.zeros(batch, H, -(-N // 32), dtype=torch.int32, device=device) if masks else None,
         block_max_BHN=scores_of_blocks(batch, H, N, device),
         block_sum_BHN=scores_of_blocks(batch, H, N, device),

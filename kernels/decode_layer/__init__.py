@@ -6,13 +6,13 @@ import importlib.util
 
 import torch
 
-from rtpurbo.kernels.decode_layer import fused, reference
+from rtpurbo.kernels.decode_layer import cuda, fused, reference
 from rtpurbo.kernels.decode_layer.plan import DecodeLayerPlan, plan_decode_layer
 from rtpurbo.kernels.decode_layer.step import DecodeStep
 
 __all__ = ["DecodeLayerPlan", "DecodeStep", "choose_impl", "decode_layer", "plan_decode_layer"]
 
-IMPLEMENTATIONS = ("reference", "composed", "fused")
+IMPLEMENTATIONS = ("reference", "composed", "fused", "cuda")
 
 
 def decode_layer(
@@ -62,7 +62,12 @@ def decode_layer(
         out_BHD=torch.empty_like(q_BHD) if out_BHD is None else out_BHD,
     )  # fmt: skip
     plan.check(step)
-    chosen = choose_impl(plan, q_BHD, k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD, top_p=top_p, impl=impl)
+    chosen = choose_impl(
+        plan, q_BHD, k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD, index_q_BHR=index_q_BHR, index_k_BSIR=index_k_BSIR, top_p=top_p, impl=impl
+    )
+    if chosen == "cuda":
+        assert plan.cuda is not None
+        return step.out_BHD, cuda.launch(plan.cuda, step, plan.window, plan.sinks)
     if chosen == "fused":
         assert plan.fused is not None
         return step.out_BHD, fused.launch(plan.fused, step, plan.window, plan.sinks)
@@ -81,13 +86,15 @@ def choose_impl(
     ring_k_BWKD: torch.Tensor | None = None,
     ring_v_BWKD: torch.Tensor | None = None,
     *,
+    index_q_BHR: torch.Tensor | None = None,
+    index_k_BSIR: torch.Tensor | None = None,
     top_p: float,
     impl: str = "auto",
 ) -> str:
     """The implementation that `decode_layer` runs: a named one, or ValueError with what is in its way.
 
-    "auto" picks "reference" on the CPU; on a GPU "fused" (one launch) where the retrieval heads select, the tensors allow it, the plan
-    does not ask for blocks read once and `fused.is_faster` says so, else "composed".
+    "auto" picks "reference" on the CPU; on a GPU, where the retrieval heads select and the plan does not ask for blocks read once, one
+    launch: "cuda" (in CUDA C++) or "fused" (in Triton), where the tensors allow it and `is_faster` of either says so; else "composed".
     """
     if impl == "reference" or (impl == "auto" and not q_BHD.is_cuda):
         return "reference"
@@ -101,13 +108,21 @@ def choose_impl(
         raise ValueError(f"decode_layer: impl {impl!r} needs tensors on an NVIDIA GPU, found {q_BHD.device}")
     if impl == "composed":
         return impl
-    obstacle = fused.obstacle(plan.fused, k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD)
-    if not plan.selects(top_p):
-        obstacle = "nothing is selected"
-    if impl == "fused" and obstacle is not None:
-        raise ValueError(f"decode_layer: impl 'fused' cannot run: {obstacle}")
-    if impl == "fused":
-        return impl
     capability = torch.cuda.get_device_capability(q_BHD.device) if q_BHD.is_cuda else (0, 0)
-    faster = plan.grouped is None and fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.capacity, plan.head_dim)
-    return "fused" if obstacle is None and faster else "composed"
+    caches = (k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD)
+    obstacles = {
+        "fused": fused.obstacle(plan.fused, *caches),
+        "cuda": cuda.obstacle(plan.cuda, capability, q_BHD, index_q_BHR, index_k_BSIR, caches),
+    }
+    if not plan.selects(top_p):
+        obstacles = dict.fromkeys(obstacles, "nothing is selected")
+    if impl in obstacles:
+        if obstacles[impl] is not None:
+            raise ValueError(f"decode_layer: impl {impl!r} cannot run: {obstacles[impl]}")
+        return impl
+    if plan.grouped is not None:
+        return "composed"
+    if obstacles["cuda"] is None and cuda.is_faster(plan.batch, plan.capacity):
+        return "cuda"
+    faster = fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.capacity, plan.head_dim)
+    return "fused" if obstacles["fused"] is None and faster else "composed"

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from rtpurbo.kernels.block_selection import SelectionPlan, plan_selection
+from rtpurbo.kernels.decode_layer.cuda import CudaPlan, plan_cuda, static_obstacle
 from rtpurbo.kernels.decode_layer.fused import FusedPlan, plan_fused
 from rtpurbo.kernels.decode_layer.step import DecodeStep
+from rtpurbo.kernels.division import num_processors_of
 from rtpurbo.kernels.sparse_attention import AttendPlan, plan_attention
 
 # Tokens of all sequences from which heads that share a KV group read shared blocks once (benchmarks/decode.md).
@@ -21,7 +23,7 @@ class DecodeLayerPlan:
 
     Parts that the layer does not have are None: selection and selected (its retrieval heads, one job each), everything (all
     heads of a KV group that read the whole cache), window (local heads of retained groups), ring (local groups); grouped (instead
-    of selected: the retrieval heads of a KV group as one job); fused (the same in one launch).
+    of selected: the retrieval heads of a KV group as one job); fused, cuda (everything in one launch).
     """
 
     group_size: int
@@ -42,6 +44,7 @@ class DecodeLayerPlan:
     local_window: AttendPlan | None
     ring: AttendPlan | None
     fused: FusedPlan | None
+    cuda: CudaPlan | None
     lse_BH: torch.Tensor
     side_stream: torch.cuda.Stream | None
 
@@ -167,6 +170,12 @@ def plan_decode_layer(
             block_size=block_size, reads=reads, union_blocks=union_blocks,
         )  # fmt: skip
 
+    layer = {
+        "group_size": group_size, "num_groups": num_groups, "retrieval_counts": counts, "key_sets": sets, "batch": batch,
+        "capacity": capacity, "head_dim": head_dim, "block_size": block_size,
+    }  # fmt: skip
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    suits_cuda = on_hopper and static_obstacle(**layer, programs=num_processors_of(device)) is None
     retained, local = range(len(counts)), range(len(counts), num_groups)
     start_K = [g * group_size for g in range(num_groups + 1)]
     split_K = [start_K[g] + counts[g] for g in retained]
@@ -183,10 +192,8 @@ def plan_decode_layer(
         everything=attention("all", start_K[: len(counts)], split_K, retained),
         local_window=attention("ring", split_K, start_K[1 : len(counts) + 1], retained),
         ring=attention("ring", start_K[len(counts) : -1], start_K[len(counts) + 1 :], [g - len(counts) for g in local]),
-        fused=plan_fused(
-            group_size=group_size, num_groups=num_groups, retrieval_counts=counts, key_sets=sets, batch=batch, capacity=capacity,
-            head_dim=head_dim, block_size=block_size, device=device,
-        ) if sets and list(sets) == sorted(sets) else None,
+        fused=plan_fused(**layer, device=device) if sets and list(sets) == sorted(sets) else None,
+        cuda=plan_cuda(**layer, device=device) if suits_cuda else None,
         lse_BH=torch.zeros(batch, group_size * num_groups, dtype=torch.float32, device=device),
         side_stream=torch.cuda.Stream(device) if device.type == "cuda" and sets else None,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from rtpurbo.kernels.division import SHARED_BYTES
+from rtpurbo.kernels.driver import Function, PreparedLaunch, tensor_map
 from rtpurbo.kernels.launch import Launch
-from rtpurbo.plugins.trt.driver import Function, PreparedLaunch, tensor_map
 
 CAPABILITIES = (80, 86, 89, 90)
 INDEX_NAME = "index.json"

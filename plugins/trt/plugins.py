@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from rtpurbo.kernels.driver import PreparedLaunch
 from rtpurbo.kernels.launch import Launch
 from rtpurbo.plugins.trt.cubins import CAPABILITIES, CubinTable
-from rtpurbo.plugins.trt.driver import PreparedLaunch
 from rtpurbo.plugins.trt.memory import tensor_at
 from rtpurbo.plugins.trt.nodes import CARRIER_NAME, DOMAIN, NODES, SIZED_BY, VERSION, Node, parse_rule
 from rtpurbo.plugins.trt.operators import OPERATORS, Scratch, launches, port_shapes, probes

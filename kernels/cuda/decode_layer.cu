@@ -1,0 +1,377 @@
+// The decode step of a layer's attention as one launch of programs that run all at once, one a multiprocessor, sixteen warps each.
+//
+// 1. Every warp scores tiles of index keys and publishes its blocks' records (scoring.cuh).
+// 2. The first programs select, a head of a sequence or a part of one each, as soon as its records are there (selection.cuh); the others
+//    attend meanwhile for the local heads: each KV group of a sequence is divided between some of them.
+// 3. All programs attend to equal shares of the selected blocks, as soon as the lists are there.
+// 4. Parts of a head are merged by one program, as soon as they are there.
+//
+// What is told from program to program are records with the launch's number (device.cuh): nothing has to be cleared between launches.
+#include "attention.cuh"
+#include "scoring.cuh"
+#include "selection.cuh"
+
+typedef unsigned short half_bits;
+
+#ifndef TOP_P
+#define TOP_P 0.9
+#endif
+#ifndef INDEX_QUERY
+#define INDEX_QUERY float
+#endif
+#ifndef STAMPS
+#define STAMPS 0
+#endif
+#ifndef IN_FLIGHT
+#define IN_FLIGHT 8
+#endif
+#ifndef LEAST_STEPS
+#define LEAST_STEPS 4
+#endif
+
+// Heads of all sequences; steps of a span whose places are known at a time.
+constexpr int MOST_ROWS = 64, MOST_READERS = 64, BATCH_STEPS = THREADS, STEPS_A_BLOCK = BLOCK / STEP;
+
+// What a program attends to at a time: some steps of a list of blocks, or of a window, with heads first_head ... heads - 1 of a KV group (or
+// one retrieval head alone).
+struct Span {
+    const char* q;
+    const u64* list;        // blocks; null: keys one after the other, `sinks` of them (a multiple of STEP or all) before those from `window` on
+    half_bits* out;         // of head 0, where the span is all there is; else null
+    Record* parts;
+    const TensorMap *k, *v;
+    int b, kv_head, first, end, tokens, sinks, window, first_head, heads;
+};
+
+// A program's work for the local heads, as the host divided it.
+struct LocalShare {
+    int b, group, first_head, place, places, job, pad[2];
+};
+
+struct Layer {
+    const char* q;             // [B, heads, D], last axis contiguous; strides in bytes
+    half_bits* out;            // [B, heads, D]; strides in elements
+    const int* lengths;        // int32 [B]
+    const int* row_head;       // int32 [H]: the query head of each retrieval head
+    u64* listed;               // [B, H, N]: (launch, id)
+    u64* counted;              // [B, H]: (launch, blocks of the list)
+    Record* parts;             // [programs + B * H, D / 2]: two dimensions, base-2 log of the sum
+    Record* local_parts;       // [programs + B * K, G, D / 2]
+    int rows, num_heads, group_size, num_retained, capacity, window, sinks, num_jobs;
+    long stride_qb, stride_qh, stride_ob, stride_oh;
+    float scale_log2;
+};
+
+struct Shared {
+    Slot slots[WARPS];
+    union {
+        SelectionShared selection;
+        MergeShared merge;
+    };
+    u64 full[WARPS];
+    int4 readers[MOST_READERS];
+    int begins[BATCH_STEPS];  // of the steps of a span: its first key's row times 32, and how many keys
+    Span span;
+    // Of the lists: steps, how many chunks end with each of them, steps of a chunk.
+    int list_steps[MOST_ROWS], ends[MOST_ROWS], chunk;
+};
+
+__device__ __forceinline__ void stamp(long long* stamps, int n) {
+#if STAMPS
+    if (threadIdx.x == 0) {
+        long long now;
+        asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+        stamps[blockIdx.x * 16 + n] = now;
+    }
+#endif
+}
+
+__device__ __forceinline__ u32 low_bits(const void* p) { return (u32)(u64)p; }
+
+__device__ __forceinline__ void store_pair(half_bits* place, float a, float b) { *reinterpret_cast<u32*>(place) = pack(a, b); }
+
+// Steps of the window of a group: of its ring, or of the sinks and the newest keys of a cache by position.
+__device__ __forceinline__ int local_steps(const Layer& layer, int length, bool ring) {
+    int filled = min(length, layer.sinks + layer.window);
+    return ring || filled == length ? ceil_div(filled, STEP) : ceil_div(layer.sinks, STEP) + ceil_div(layer.window, STEP);
+}
+
+__device__ __forceinline__ int places_of(int most_places, int steps) { return min(most_places, ceil_div(steps, WARPS)); }
+
+// What a program's work for the local heads is now. Without any, an empty span.
+__device__ __forceinline__ Span local_span(const Layer& layer, const LocalShare& share, const TensorMap* maps) {
+    Span span;
+    int length = layer.lengths[share.b], first = share.group * layer.group_size;
+    bool ring = share.group >= layer.num_retained, all = ring || length <= layer.sinks + layer.window;
+    int steps = local_steps(layer, length, ring), places = places_of(share.places, steps);
+    span.first = span.end = 0;
+    if (share.place < places) span.first = steps * share.place / places, span.end = steps * (share.place + 1) / places;
+    span.q = layer.q + share.b * layer.stride_qb + first * layer.stride_qh;
+    span.list = nullptr;
+    span.k = maps + (ring ? 2 : 0);
+    span.v = span.k + 1;
+    span.b = share.b;
+    span.kv_head = ring ? share.group - layer.num_retained : share.group;
+    span.tokens = all ? min(length, layer.sinks + layer.window) : length;
+    span.sinks = all ? span.tokens : layer.sinks;
+    span.window = length - layer.window;
+    span.first_head = share.first_head;
+    span.heads = layer.group_size;
+    span.out = places == 1 ? layer.out + share.b * layer.stride_ob + first * layer.stride_oh : nullptr;
+    span.parts = layer.local_parts + (long)(share.place * layer.num_jobs + share.job) * layer.group_size * PAIRS;
+    return span;
+}
+
+// By one warp: waits for the lists and cuts them into equal chunks of steps.
+__device__ __forceinline__ void divide_lists(Shared& shared, const Layer& layer, int programs, u32 launch) {
+    int lane = threadIdx.x % 32, rows = layer.rows, total = 0, end = 0;
+    for (int row = lane; row < rows; row += 32) {
+        int steps = await(layer.counted + row, launch) * STEPS_A_BLOCK;
+        shared.list_steps[row] = steps;
+        total += steps;
+    }
+    total = warp_sum(total);
+    int chunk = max(ceil_div(total, max(programs - rows, programs / 2)), LEAST_STEPS);
+#pragma unroll 1
+    for (int from = 0; from < rows; from += 32) {
+        int places = from + lane < rows ? ceil_div(shared.list_steps[from + lane], chunk) : 0;
+#pragma unroll
+        for (int x = 1; x < 32; x *= 2) {
+            int before = __shfl_up_sync(FULL, places, x);
+            places += lane >= x ? before : 0;
+        }
+        if (from + lane < rows) shared.ends[from + lane] = end + places;
+        end += __shfl_sync(FULL, places, 31);
+    }
+    if (lane == 0) shared.chunk = chunk;
+    __syncwarp();
+}
+
+// By one warp: what a chunk of the lists is; item < shared.ends[rows - 1].
+__device__ __forceinline__ Span list_span(const Shared& shared, const Layer& layer, int item, const TensorMap* maps) {
+    Span span;
+    int lane = threadIdx.x % 32, rows = layer.rows, row = 0;
+#pragma unroll 1
+    for (int from = 0; from < rows; from += 32) row += __popc(__ballot_sync(FULL, from + lane < rows && shared.ends[from + lane] <= item));
+    int b = row / layer.num_heads, head = layer.row_head[row - b * layer.num_heads], steps = shared.list_steps[row];
+    span.q = layer.q + b * layer.stride_qb + head * layer.stride_qh;
+    span.list = layer.listed + (long)row * layer.capacity;
+    span.k = maps;
+    span.v = maps + 1;
+    span.b = b;
+    span.kv_head = head / layer.group_size;
+    span.first = (item - (row ? shared.ends[row - 1] : 0)) * shared.chunk;
+    span.end = min(span.first + shared.chunk, steps);
+    span.tokens = layer.lengths[b];
+    span.sinks = span.window = span.first_head = 0;
+    span.heads = 1;
+    span.out = steps <= shared.chunk ? layer.out + b * layer.stride_ob + head * layer.stride_oh : nullptr;
+    span.parts = layer.parts + (long)item * PAIRS;
+    return span;
+}
+
+// Where step n of a batch that begins with step `from` of the span lies.
+__device__ __forceinline__ void place_step(Shared& shared, const Span& span, int from, int n, u32 launch) {
+    int step = from + n, begin, end = span.tokens;
+    if (span.list) {
+        begin = await(span.list + step / STEPS_A_BLOCK, launch) * BLOCK + step % STEPS_A_BLOCK * STEP;
+    } else {
+        int sink_steps = ceil_div(span.sinks, STEP);
+        begin = step < sink_steps ? step * STEP : span.window + (step - sink_steps) * STEP;
+        end = step < sink_steps ? span.sinks : end;
+    }
+    shared.begins[n] = begin << 5 | max(0, min(STEP, end - begin));
+}
+
+// By one thread: sends for the keys and values of step n, which go to the slot of warp n mod WARPS.
+__device__ __forceinline__ void send_for(Shared& shared, const Span& span, int n) {
+    int slot = n % WARPS, token = shared.begins[n] >> 5;
+    expect_bytes(&shared.full[slot], 2 * TILES * TILE_BYTES);
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+        copy_tile(shared.slots[slot].keys[t], span.k, 64 * t, span.kv_head, token, span.b, &shared.full[slot]);
+        copy_tile(shared.slots[slot].values[t], span.v, 64 * t, span.kv_head, token, span.b, &shared.full[slot]);
+    }
+}
+
+// By one warp: makes a span the program's, and sends for its first steps.
+__device__ __forceinline__ void begin_span(Shared& shared, const Span& span, u32 launch) {
+    int lane = threadIdx.x % 32, steps = span.end - span.first;
+    if (lane < min(steps, BATCH_STEPS)) place_step(shared, span, span.first, lane, launch);
+    if (lane < min(steps, IN_FLIGHT)) send_for(shared, span, lane);
+    if (lane == 0) shared.span = span;
+}
+
+// Attends to shared.span, which one warp began, by all warps of a program, and stores or publishes what they found. filled: whether this
+// warp's slot was filled an odd number of times.
+__device__ __forceinline__ void attend_span(Shared& shared, const Layer& layer, u32& filled, u32 launch) {
+    const Span& span = shared.span;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Query query;
+    query.load(span.q, layer.stride_qh, span.first_head, span.heads);
+    Partial partial;
+    partial.clear();
+#pragma unroll 1
+    for (int from = span.first; from < span.end; from += BATCH_STEPS) {
+        int steps = min(BATCH_STEPS, span.end - from), begun = from == span.first ? 32 : 0;
+        if (steps > begun) {
+            for (int n = begun + (int)threadIdx.x; n < steps; n += THREADS) place_step(shared, span, from, n, launch);
+            __syncthreads();
+        }
+        if (!begun && lane == 0 && warp < min(steps, IN_FLIGHT)) send_for(shared, span, warp);
+#pragma unroll 1
+        for (int n = warp; n < steps; n += WARPS) {
+            await_bytes(&shared.full[warp], filled);
+            filled ^= 1;
+            // More on their way than bandwidth times latency would only make the programs wait that tell each other something.
+            if (n < WARPS - IN_FLIGHT && n + IN_FLIGHT < steps && lane == 0) send_for(shared, span, n + IN_FLIGHT);
+            attend_step(partial, query, shared.slots[warp], shared.begins[n] & 31, layer.scale_log2);
+            __syncwarp();
+            if (n + WARPS < steps && lane == 0) send_for(shared, span, n + WARPS);
+        }
+        if (from + BATCH_STEPS < span.end) __syncthreads();
+    }
+    const int warps = min(WARPS, span.end - span.first);
+    store_partial(shared.merge, partial, span.heads);
+    __syncthreads();
+    weigh_warps(shared.merge, warps);
+    __syncthreads();
+#pragma unroll 1
+    for (int x = threadIdx.x + span.first_head * PAIRS; x < span.heads * PAIRS; x += THREADS) {
+        int head = x / PAIRS, pair = x % PAIRS;
+        float2 y = merge_warps(shared.merge, head, pair, warps);
+        if (span.out) store_pair(span.out + head * layer.stride_oh + 2 * pair, y.x, y.y);
+        else publish(span.parts + x, y.x, y.y, shared.merge.log_sum[head], launch);
+    }
+}
+
+struct alignas(64) TensorMaps {
+    TensorMap k, v;            // [B, S, retained K, D]
+    TensorMap ring_k, ring_v;  // [B, W, local K, D]
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
+    const __grid_constant__ TensorMaps maps,
+    const char* q, half_bits* out, const int* lengths, const int* row_head, u64* listed, u64* counted, Record* parts,
+    Record* local_parts,                       // see Layer
+    const INDEX_QUERY* index_q,                // [B, H, R]; strides in elements
+    const char* index_k,                       // bf16 [B, S, I, R], last axis contiguous; strides in bytes
+    const int4* readers,                       // [V]: set, first head, heads of it, 0
+    const LocalShare* shares,                  // [parts, programs]
+    const int* local_heads,                    // int32 [plan's B * heads]: the job of a local head, or -1
+    const int* part_places,                    // int32 [parts]: places of a job
+    Record* scores,                            // [B, H, N]
+    Record* tops,                              // [B, H, parts]: maximum of a part
+    Record* histograms,                        // [B, H, parts, BINS + 1]: mass in 64 bits, blocks
+    u32* launches,                             // [programs]: how many launches there were
+    long long* stamps,                         // [programs, 16], with STAMPS
+    int* ids,                                  // int32 [B, H, N]
+    int* count,                                // int32 [B, H]
+    int batch, int plan_rows, int num_jobs, int num_heads, int num_readers, int group_size, int num_query_heads, int num_retained, int capacity,
+    int window, int sinks, int most_parts, float scale_log2, float index_scale, long stride_qb, long stride_qh, long stride_ob, long stride_oh,
+    long stride_iqb, long stride_iqh, long stride_ikb, long stride_iks, long stride_iki
+) {
+    extern __shared__ __align__(1024) char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const int program = blockIdx.x, programs = gridDim.x, warp = threadIdx.x / 32, rows = batch * num_heads;
+    const Layer layer = {q,          out,          lengths,  row_head, listed, counted,  parts,     local_parts, rows,      num_heads,
+                         group_size, num_retained, capacity, window,   sinks,  num_jobs, stride_qb, stride_qh,   stride_ob, stride_oh, scale_log2};
+    // What does not depend on the launch before is read while that one ends: the plan's tables, and all parameters, whose cache is cold.
+    if (warp == WARPS - 1) {
+        int lane = threadIdx.x % 32;
+        if (lane < WARPS) init_barrier(&shared.full[lane]);
+        barriers_made();
+        __syncwarp();
+    }
+    for (int v = threadIdx.x; v < min(num_readers, MOST_READERS); v += THREADS) shared.readers[v] = readers[v];
+    LocalShare share = shares[program];
+    const u32 touched = low_bits(q) ^ low_bits(lengths) ^ low_bits(listed) ^ low_bits(layer.local_parts) ^ low_bits(index_k) ^ low_bits(shares) ^
+                        low_bits(tops) ^ low_bits(stamps) ^ (u32)(rows ^ capacity ^ stride_qb ^ stride_ob ^ stride_iqb ^ stride_iki);
+    if (touched == 0x9e3779b9) shared.chunk = 0;  // never read before it is written: it keeps the reads
+    __syncthreads();
+    follow_launch_before();
+    stamp(stamps, 0);
+    const u32 launch = launches[program] + 1;
+    u32 filled = 0;
+    int blocks = 0;
+    for (int b = 0; b < batch; b++) blocks = max(blocks, ceil_div(lengths[b], BLOCK));
+    const int now_parts = min(most_parts, parts_of(blocks)), selectors = plan_rows * now_parts;
+    if (now_parts > 1) share = shares[(now_parts - 1) * programs + program];
+    score_share<INDEX_QUERY>(
+        {index_k, stride_ikb, stride_iks, stride_iki, index_q, stride_iqb, stride_iqh, num_readers <= MOST_READERS ? shared.readers : readers,
+         lengths, scores, batch, num_readers, num_heads, capacity, index_scale},
+        program, programs, launch
+    );
+    stamp(stamps, 1);
+
+    // First the local heads, then the lists, by the same instructions: they are in the cache by then.
+    int item = 0, items = share.b < batch ? 1 : 0;
+#pragma unroll 1
+    for (int act = 0; act < 2; act++) {
+        if (act == 1) {
+            stamp(stamps, 8);
+            if (warp == WARPS - 1) divide_lists(shared, layer, programs, launch);
+            __syncthreads();
+            stamp(stamps, 9);
+            // Programs that select have the least left of their time: they take the last places.
+            item = programs - 1 - program;
+            items = shared.ends[rows - 1];
+        } else if (program < selectors) {
+            auto announce = [&](int row, int taken) {
+                publish(layer.counted + row, taken, launch);
+                count[row] = taken;
+            };
+            auto emit = [&](int row, int place, int block) {
+                publish(layer.listed + (long)row * layer.capacity + place, block, launch);
+                ids[(long)row * layer.capacity + place] = block;
+            };
+            select_share(
+                shared.selection, scores, tops, histograms, lengths, rows, num_heads, capacity, now_parts, ceil_div(sinks, BLOCK), TOP_P, program,
+                programs, launch, announce, emit
+            );
+            stamp(stamps, 7);
+        }
+        // The last warp has the fewest tiles of index keys.
+#pragma unroll 1
+        for (; item < items; item += programs) {
+            if (warp == WARPS - 1) begin_span(shared, act == 0 ? local_span(layer, share, &maps.k) : list_span(shared, layer, item, &maps.k), launch);
+            __syncthreads();
+            if (shared.span.first < shared.span.end) attend_span(shared, layer, filled, launch);
+            __syncthreads();
+        }
+    }
+    stamp(stamps, 10);
+
+    // Merging: retrieval heads first, then all heads of all groups, of which the local ones count. The first programs are the last to have a
+    // chunk of the lists.
+#pragma unroll 1
+    for (int task = program; task < rows + batch * num_query_heads; task += programs) {
+        const Record* from;
+        long stride;
+        int count_parts, b, head;
+        if (task < rows) {
+            int first_place = task ? shared.ends[task - 1] : 0;
+            count_parts = shared.ends[task] - first_place;
+            b = task / num_heads;
+            head = row_head[task - b * num_heads];
+            from = layer.parts + (long)first_place * PAIRS;
+            stride = PAIRS;
+        } else {
+            int other = task - rows, job = local_heads[other];
+            if (job < 0) continue;
+            b = other / num_query_heads;
+            head = other - b * num_query_heads;
+            int group = head / group_size;
+            count_parts = places_of(part_places[now_parts - 1], local_steps(layer, lengths[b], group >= num_retained));
+            from = layer.local_parts + ((long)job * group_size + head - group * group_size) * PAIRS;
+            stride = (long)num_jobs * group_size * PAIRS;
+        }
+        if (count_parts == 1) continue;
+        // Without any part the sequence is idle: its rows are zeros.
+        int pair;
+        float x, y;
+        if (merge_parts(from, stride, count_parts, launch, pair, x, y)) store_pair(out + b * stride_ob + head * stride_oh + 2 * pair, x, y);
+    }
+    stamp(stamps, 11);
+    if (threadIdx.x == 0) launches[program] = launch;
+}
