@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rtpurbo.kernels.bench import READ_BANDWIDTH_GB_S, Timing, rotations, time_graph, versions, write_csv
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.decode_layer import decode_layer, plan_decode_layer
+from rtpurbo.kernels.decode_layer.cuda import STAMPS, plan_cuda
 from rtpurbo.kernels.decode_layer.fused import STAMP_NAMES, plan_fused
 from rtpurbo.kernels.sparse_attention import attend_selected, plan_attention
 from rtpurbo.kernels.testing import peaked_index
@@ -54,22 +55,24 @@ def index_buffers(layout: str, batch: int, tokens: int, share: float, *, capacit
     return buffers, step_bytes
 
 
-def select_step(plan, q, k, lengths) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
-    return lambda: score_and_select(q, k, plan=plan, lengths_B=lengths, scale=1.0, top_p=0.9, sinks=SINKS)
+def select_step(plan, q, k, lengths, impl="auto") -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    return lambda: score_and_select(q, k, plan=plan, lengths_B=lengths, scale=1.0, top_p=0.9, sinks=SINKS, impl=impl)
 
 
-def time_select(layout: str, tokens: int, *, batch=1, share=0.03, by_set=True, fp8=False, capacity=0, name="select", **plan_options):
+def time_select(
+    layout: str, tokens: int, *, impl="auto", batch=1, share=0.03, by_set=True, fp8=False, capacity=0, name="select", **plan_options
+):
     buffers, step_bytes = index_buffers(layout, batch, tokens, share, capacity=capacity, by_set=by_set, fp8=fp8)
     key_set = LAYOUTS[layout]["key_set"]
     plan = plan_selection(key_set, num_sets=max(key_set) + 1, batch=batch, capacity=max(capacity, tokens), device="cuda", **plan_options)
     lengths = lengths_of(batch, tokens)
-    timing = time_graph([select_step(plan, q, k, lengths) for q, k in buffers])
-    _, count = select_step(plan, buffers[0][0], buffers[0][1], lengths)()
+    timing = time_graph([select_step(plan, q, k, lengths, impl) for q, k in buffers])
+    _, count = select_step(plan, buffers[0][0], buffers[0][1], lengths, impl)()
     gb_s = step_bytes / timing.median_us / 1000.0
     return row(
         name, layout, tokens, timing, batch=batch, gb_s=round(gb_s), read_share=round(gb_s / READ_BANDWIDTH_GB_S, 3),
         kept_share=round(float(count.float().mean()) * BLOCK / tokens, 4),
-        variant=" ".join(f"{key}={value}" for key, value in plan_options.items())
+        variant=" ".join(["" if impl == "auto" else impl, *(f"{key}={value}" for key, value in plan_options.items())])
         + ("" if by_set else " by_token") + (" fp8" if fp8 else "") + (f" capacity={capacity}" if capacity else ""),
     )  # fmt: skip
 
@@ -150,15 +153,19 @@ def layer_inputs(layout: str, tokens: int, num: int, *, batch: int = 1, capacity
     return inputs
 
 
+def layer_shape(layout: str, tokens: int, *, batch: int = 1, capacity: int = 0) -> dict[str, Any]:
+    facts = LAYOUTS[layout]
+    return {
+        "group_size": 8, "num_groups": 4, "retrieval_counts": facts["counts"], "key_sets": facts["key_set"], "batch": batch,
+        "capacity": max(tokens, capacity), "head_dim": D, "block_size": BLOCK, "device": torch.device("cuda"),
+    }  # fmt: skip
+
+
 def layer_plan(
     layout: str, tokens: int, *, batch: int = 1, capacity: int = 0, dense: bool = False, read_once: bool | None = False, **fused: Any
 ):
     """A plan of `decode_layer`; options of the one-launch form as measured variants."""
-    facts = LAYOUTS[layout]
-    shape: dict[str, Any] = {
-        "group_size": 8, "num_groups": 4, "retrieval_counts": facts["counts"], "key_sets": facts["key_set"], "batch": batch,
-        "capacity": max(tokens, capacity), "head_dim": D, "block_size": BLOCK, "device": torch.device("cuda"),
-    }  # fmt: skip
+    shape = layer_shape(layout, tokens, batch=batch, capacity=capacity)
     plan = plan_decode_layer(**shape, window=WINDOW, sinks=SINKS, dense=dense, read_once=read_once)
     return replace(plan, fused=plan_fused(**shape, **fused)) if fused else plan
 
@@ -171,12 +178,16 @@ def layer_bytes(layout: str, tokens: int, batch: int, kept: float) -> float:
     return batch * (index + (kept * tokens * len(facts["heads"]) + min(tokens, WINDOW + SINKS) * local_groups) * D * 4)
 
 
-def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, capacity=0, share=0.03, name="layer", **fused):
-    """The whole layer's step by `decode_layer`."""
+def rotated_inputs(layout: str, tokens: int, *, batch=1, capacity=0, share=0.03):
     # Several sets also where two would do: times differ by some per cent with where a cache happens to lie.
     most = max(2, min(16, int(40e9 // (batch * max(tokens, capacity) * D * 4))))
     num = rotations(int(layer_bytes(layout, tokens, batch, share)), at_least=min(8, most), at_most=most)
-    inputs = inputs or layer_inputs(layout, tokens, num, batch=batch, capacity=capacity, share=share)
+    return layer_inputs(layout, tokens, num, batch=batch, capacity=capacity, share=share)
+
+
+def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, capacity=0, share=0.03, name="layer", **fused):
+    """The whole layer's step by `decode_layer`."""
+    inputs = inputs or rotated_inputs(layout, tokens, batch=batch, capacity=capacity, share=share)
     plan = layer_plan(layout, tokens, batch=batch, capacity=capacity, **fused)
     lengths = lengths_of(batch, tokens)
 
@@ -195,30 +206,37 @@ def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, ca
     )  # fmt: skip
 
 
-def time_stamps(layout: str, tokens: int, *, replays=4, **fused):
-    """When the programs of the one launch come to its stretches, in us after the first started: earliest, median and latest program."""
+def time_stamps(layout: str, tokens: int, *, impl: str, replays=4):
+    """When the programs of one launch come to its stretches, in us after the first started: earliest, median and latest program."""
     inputs = layer_inputs(layout, tokens, max(2, min(8, int(40e9 // (tokens * D * 4)))))
-    plan = layer_plan(layout, tokens, stamps=True, **fused)
-    assert plan.fused is not None
-    assert plan.fused.stamps is not None
+    plan = layer_plan(layout, tokens, **({"stamps": True} if impl == "fused" else {}))
+    if impl == "cuda":
+        plan = replace(plan, cuda=plan_cuda(**layer_shape(layout, tokens), stamps=True))
+    launch, names = (plan.fused, dict(enumerate(STAMP_NAMES))) if impl == "fused" else (plan.cuda, STAMPS)
+    assert launch is not None
+    assert launch.stamps is not None
     lengths, seen = lengths_of(1, tokens), []
     for replay in range(replays):
         for tensors in inputs:
-            plan.fused.stamps.zero_()
+            launch.stamps.zero_()
             torch.cuda.synchronize()
-            decode_layer(**tensors, plan=plan, lengths_B=lengths, scale=SCALE, index_scale=1.0, top_p=0.9, impl="fused")
+            decode_layer(**tensors, plan=plan, lengths_B=lengths, scale=SCALE, index_scale=1.0, top_p=0.9, impl=impl)
             torch.cuda.synchronize()
             if replay:
-                seen.append(plan.fused.stamps[:, : len(STAMP_NAMES)].cpu())
+                seen.append(launch.stamps.cpu())
     rows = []
-    for n, name in enumerate(STAMP_NAMES):
+    for n, name in names.items():
         # Programs that never came there hold 0.
         times = [(stamps[:, n][stamps[:, n] > 0] - stamps[:, 0].min()).double() / 1e3 for stamps in seen if stamps[:, n].any()]
         if not times:
             continue
         low, middle, high = (statistics.median(float(of(x)) for x in times) for of in (torch.min, torch.median, torch.max))
         timing = Timing(median_us=middle, low_us=low, high_us=high)
-        rows.append(row("stamp", layout, tokens, timing, batch=1, variant=f"{name}, {statistics.median(len(x) for x in times)} programs"))
+        rows.append(
+            row(
+                "stamp", layout, tokens, timing, batch=1, variant=f"{impl}: {name}, {statistics.median(len(x) for x in times):.0f} programs"
+            )
+        )
     return rows
 
 
@@ -288,7 +306,7 @@ def one_step(layout: str, tokens: int, *, capacity: int = 0, **fused: Any) -> Ca
 
 
 def section_select():
-    rows = [time_select(layout, tokens) for tokens in (K32, K128, 1 << 18, 1 << 19, M1) for layout in LAYOUTS]
+    rows = [time_select(layout, tokens, impl=impl) for tokens in (K32, K128, M1) for layout in LAYOUTS for impl in ("cuda", "triton")]
     rows += [time_select("A", tokens, by_set=False) for tokens in (K128, M1)]
     rows += [time_select(layout, tokens, fp8=True) for layout in ("A", "C") for tokens in (K128, M1)]
     return rows + [time_select(layout, K32, capacity=M1) for layout in LAYOUTS]
@@ -317,23 +335,36 @@ def section_batch():
 
 
 def section_layer():
+    """One launch in CUDA C++ and in Triton beside dense libraries."""
     rows = []
     compiled_together([one_step(layout, tokens) for tokens in (K32, K128, M1) for layout in LAYOUTS])
-    compiled_together([one_step(layout, K32, capacity=M1) for layout in LAYOUTS])
     for tokens in (K32, K128, 1 << 18, 1 << 19, M1):
         dense = time_dense(tokens)
         rows += dense
-        for layout in LAYOUTS if tokens in (K32, K128, M1) else ("A", "C"):
-            ours = [time_decode(layout, tokens, impl=impl) for impl in ("fused", "composed")]
+        for layout in LAYOUTS if tokens in (K32, K128, M1) else ("A",):
+            inputs = rotated_inputs(layout, tokens)
+            rows += compare([time_decode(layout, tokens, impl=impl, inputs=inputs) for impl in ("cuda", "fused")], dense)
+    return rows
+
+
+def section_composed():
+    """Separate launches, and 32K inside a plan for 1M."""
+    compiled_together([one_step(layout, K32, capacity=M1) for layout in LAYOUTS])
+    rows = []
+    for tokens in (K32, K128, M1):
+        for layout in LAYOUTS:
+            rows.append(time_decode(layout, tokens, impl="composed"))
             if layout != "B":
-                ours.append(time_decode(layout, tokens, impl="composed", read_once=True))
-            rows += compare(ours, dense)
-    return rows + [time_decode(layout, K32, impl=impl, capacity=M1) for layout in LAYOUTS for impl in ("fused", "composed")]
+                rows.append(time_decode(layout, tokens, impl="composed", read_once=True))
+    return rows + [time_decode(layout, K32, impl=impl, capacity=M1) for layout in LAYOUTS for impl in ("cuda", "fused", "composed")]
 
 
 def section_stamps():
     compiled_together([one_step(layout, tokens, stamps=True) for tokens in (K32, K128, M1) for layout in LAYOUTS])
-    return [result for tokens in (K32, K128, M1) for layout in LAYOUTS for result in time_stamps(layout, tokens)]
+    return [
+        result for impl in ("cuda", "fused") for tokens in (K32, K128, M1) for layout in LAYOUTS
+        for result in time_stamps(layout, tokens, impl=impl)
+    ]  # fmt: skip
 
 
 def section_options():
@@ -360,7 +391,8 @@ def section_attend():
 
 
 SECTIONS = {
-    "select": section_select, "sweep": section_sweep, "batch": section_batch, "layer": section_layer, "stamps": section_stamps,
+    "select": section_select, "sweep": section_sweep, "batch": section_batch, "layer": section_layer, "composed": section_composed,
+    "stamps": section_stamps,
     "options": section_options, "attend": section_attend,
 }  # fmt: skip
 

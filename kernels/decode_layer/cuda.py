@@ -72,8 +72,7 @@ def share_local_heads(
     """
     workers = range(selectors if selectors * 3 <= programs * 2 else 0, programs)
     places = len(workers) // len(jobs) if jobs else 0
-    nothing = (1 << 30, *[0] * 7)
-    shares = [nothing] * programs
+    shares: list[tuple[int, ...]] = [(1 << 30, *[0] * 7)] * programs
     for place in range(places):
         for job, (b, group) in enumerate(jobs):
             shares[workers[place * len(jobs) + job]] = (b, group, counts[group], place, places, job, 0, 0)
