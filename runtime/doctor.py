@@ -41,6 +41,7 @@ PACKAGES = (
 ABILITIES = (
     ("reference", "reference kernels", False, "torch"),
     ("triton", "Triton kernels", True, "triton"),
+    ("cuda_cpp", "CUDA C++ kernels (Hopper)", True, "torch"),
     ("gluon", "Gluon kernels (Hopper)", True, "triton"),
     ("fa4", "FlashAttention-4 (Hopper)", True, "flash-attn-4"),
     ("cuda_graphs", "CUDA graphs", True, "torch"),

@@ -22,21 +22,15 @@ def reference() -> str:
 
 def triton() -> str:
     """The portable kernels: window attention, and selection against its reference."""
-    from rtpurbo.kernels.block_selection import plan_selection, score_and_select
-
     error = _local_error("triton", "cuda", torch.bfloat16)
-    torch.manual_seed(0)
-    q_BHR, k_BSIR = torch.randn(1, 2, 16), torch.randn(1, 1000, 2, 16)
-    found = []
-    for device, impl in (("cpu", "reference"), ("cuda", "triton")):
-        plan = plan_selection((0, 1), num_sets=2, batch=1, capacity=1024, device=torch.device(device))
-        lengths_B = torch.tensor([1000], dtype=torch.int32, device=device)
-        inputs: Any = {"plan": plan, "lengths_B": lengths_B, "scale": 0.5, "top_p": 0.5, "sinks": 4, "impl": impl}
-        ids_BHN, count_BH = score_and_select(q_BHR.to(device), k_BSIR.to(device), **inputs)
-        found.append([ids_BHN[0, h, : int(count_BH[0, h])].tolist() for h in range(2)])
-    if found[0] != found[1]:
-        raise RuntimeError(f"selection gives blocks {found[1]}, its reference {found[0]}")
+    _selection_like_its_reference("triton")
     return f"window attention within {error:.1e}, selection equal to its reference"
+
+
+def cuda_cpp() -> str:
+    """The kernels that NVRTC compiles: selection against its reference."""
+    _selection_like_its_reference("cuda")
+    return "selection equal to its reference"
 
 
 def gluon() -> str:
@@ -83,8 +77,24 @@ def tensorrt_rtx() -> str:
 
 
 CHECKS: dict[str, Callable[[], str]] = {
-    check.__name__: check for check in (reference, triton, gluon, fa4, cuda_graphs, tensorrt, tensorrt_rtx)
+    check.__name__: check for check in (reference, triton, cuda_cpp, gluon, fa4, cuda_graphs, tensorrt, tensorrt_rtx)
 }
+
+
+def _selection_like_its_reference(impl: str) -> None:
+    from rtpurbo.kernels.block_selection import plan_selection, score_and_select
+
+    torch.manual_seed(0)
+    q_BHR, k_BISR = torch.randn(1, 2, 16), torch.randn(1, 2, 1000, 16).to(torch.bfloat16)
+    found = []
+    for device, form in (("cpu", "reference"), ("cuda", impl)):
+        plan = plan_selection((0, 1), num_sets=2, batch=1, capacity=1024, device=torch.device(device))
+        lengths_B = torch.tensor([1000], dtype=torch.int32, device=device)
+        inputs: Any = {"plan": plan, "lengths_B": lengths_B, "scale": 0.5, "top_p": 0.5, "sinks": 4, "impl": form}
+        ids_BHN, count_BH = score_and_select(q_BHR.to(device), k_BISR.to(device).transpose(1, 2), **inputs)
+        found.append([ids_BHN[0, h, : int(count_BH[0, h])].tolist() for h in range(2)])
+    if found[0] != found[1]:
+        raise RuntimeError(f"selection gives blocks {found[1]}, its reference {found[0]}")
 
 
 def _qkv(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

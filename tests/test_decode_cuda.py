@@ -125,7 +125,8 @@ def test_layers_that_do_not_suit_are_named(change, message):
 
 def test_it_is_chosen_only_where_it_was_measured_faster():
     assert is_faster(1, 1 << 17)
-    assert not is_faster(1, 1 << 12)
+    assert not is_faster(1, 1 << 15)
+    assert not is_faster(1, 1 << 20)
     assert not is_faster(8, 1 << 17)
 
 

@@ -20,8 +20,10 @@ def test_the_package_list_is_the_tree():
     assert len(set(listed)) == len(listed)
 
 
-def test_the_schema_is_package_data_and_no_other_json_lies_in_the_packages():
-    assert PROJECT["tool"]["setuptools"]["package-data"] == {"rtpurbo.manifests": ["*.json"]}
+def test_what_is_no_python_is_package_data():
+    assert PROJECT["tool"]["setuptools"]["package-data"] == {"rtpurbo.manifests": ["*.json"], "rtpurbo.kernels.cuda": ["*.cu", "*.cuh"]}
+    sources = {p.relative_to(ROOT).parent for pattern in ("*.cu", "*.cuh") for p in ROOT.rglob(pattern)}
+    assert {folder.as_posix() for folder in sources if folder.parts[0] != "tests"} == {"kernels/cuda"}
     assert [p.name for p in (ROOT / "manifests").glob("*.json")] == ["schema_v1.json"]
 
 

@@ -75,8 +75,8 @@ def score_and_select(
         scale: logit scale (manifest `indexer.scale`).
         top_p: > 0; >= 1 selects every block.
         sinks: tokens whose block(s) are forced, like the newest two blocks.
-        impl: "auto" (on a GPU "cuda" where the plan has it and the tensors allow it, else "triton"; on a CPU the reference), "cuda" (in
-            CUDA C++), "triton" or "reference".
+        impl: "auto" (on a GPU "cuda" where the tensors allow it and `cuda.is_faster` says so, else "triton"; on a CPU the reference),
+            "cuda" (in CUDA C++), "triton" or "reference".
 
     Returns ids int32 [B, H, N], ascending, and count int32 [B, H]; places at or beyond the count are unspecified. A plan with
     masks holds the same sets as bits afterwards, up to the word of a sequence's last block.
@@ -101,12 +101,14 @@ def score_and_select(
         raise ValueError(f"score_and_select: top_p {top_p} must be > 0, lengths {lengths_B.dtype} int32, index_q contiguous")
     if impl not in ("auto", "cuda", "triton", "reference"):
         raise ValueError(f"score_and_select: impl {impl!r} is not one of auto, cuda, triton, reference")
-    obstacle = "the plan has no such launch: masks, the shape or the GPU do not allow it"
+    obstacle = "the plan has none: it needs compute capability 9.0 or later, blocks of 64, ascending key sets and no masks"
     if plan.cuda is not None:
         obstacle = cuda.index_obstacle(torch.cuda.get_device_capability(index_q_BHR.device), index_q_BHR, index_k_BSIR)
     if impl == "cuda" and obstacle is not None:
         raise ValueError(f"score_and_select: impl 'cuda' cannot run: {obstacle}")
-    if plan.cuda is not None and obstacle is None and (impl == "cuda" or (impl == "auto" and top_p < 1)):
+    if impl == "auto" and obstacle is None and not cuda.is_faster(plan.batch, index_k_BSIR, top_p):
+        obstacle = "slower"
+    if plan.cuda is not None and obstacle is None and impl in ("auto", "cuda"):
         return cuda.launch(plan.cuda, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks)
     if impl == "triton" or (impl == "auto" and index_q_BHR.is_cuda):
         from rtpurbo.kernels.block_selection import kernel

@@ -97,6 +97,11 @@ def alignment_obstacle(tensors: Sequence[tuple[str, torch.Tensor | None, int]]) 
     return None
 
 
+def is_faster(batch: int, index_k_BSIR: torch.Tensor, top_p: float) -> bool:
+    """Whether it was measured faster than the launch in Triton (benchmarks/decode.md: H200, one sequence, keys stored set by set)."""
+    return batch == 1 and top_p < 1 and index_k_BSIR.stride(1) == index_k_BSIR.shape[3]
+
+
 def index_constants(plan_items: int, index_q_BHR: torch.Tensor, top_p: float) -> dict[str, object]:
     """Macros of the sources that score and select."""
     return {"TOP_P": float(top_p), "PART_ITEMS": plan_items, "INDEX_QUERY": "float" if index_q_BHR.dtype == torch.float32 else "half_bits"}

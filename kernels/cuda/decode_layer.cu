@@ -291,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
     __syncthreads();
     follow_launch_before();
     stamp(stamps, 0);
-    const u32 launch = launches[program] + 1;
+    const u32 launch = number_of_launch(launches + program);
     u32 filled = 0;
     int blocks = 0;
     for (int b = 0; b < batch; b++) blocks = max(blocks, ceil_div(lengths[b], BLOCK));

@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_and_select(
     __shared__ SelectionShared shared;
     const int program = blockIdx.x, programs = gridDim.x;
     follow_launch_before();
-    const u32 launch = launches[program] + 1;
+    const u32 launch = number_of_launch(launches + program);
     int blocks = 0;
     for (int b = 0; b < batch; b++) blocks = max(blocks, ceil_div(lengths[b], BLOCK));
     score_share<INDEX_QUERY>(

@@ -28,8 +28,8 @@ LOG2E = 1.4426950408889634
 # As in the source: keys of a step, heads of all sequences, rows of a table.
 STEP, MOST_ROWS, MOST_READERS = 16, 64, 64
 HEAD_DIMS = (64, 128)
-# Shortest capacity, in tokens, for which it was measured faster than the launch in Triton.
-MANY_TOKENS = 1 << 16
+# Capacities, in tokens, for which it was measured faster than the launch in Triton: from, to.
+FASTER_FROM, FASTER_TO = 1 << 16, 1 << 18
 # What a program has done when it stamps the time, by place.
 STAMPS = {0: "started", 1: "scored", 7: "selected", 8: "local heads done", 9: "lists there", 10: "attended", 11: "ended"}
 
@@ -165,7 +165,7 @@ def obstacle(
 ) -> str | None:
     """Why these tensors cannot run in the launch, or None. caches: k, v, ring_k, ring_v."""
     if plan is None or index_q_BHR is None or index_k_BSIR is None:
-        return "the plan has no such launch: nothing is selected, or the shape or the GPU does not allow it"
+        return "the plan has none: it needs compute capability 9.0 or later, a selection, and a layer as `static_obstacle` says"
     if q_BHD.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes heads in 16 bits, found {q_BHD.dtype}"
     found = alignment_obstacle([("q", q_BHD, 16), *(("a cache", x, 16) for x in caches)])
@@ -174,7 +174,7 @@ def obstacle(
 
 def is_faster(batch: int, capacity: int) -> bool:
     """Whether it was measured faster than the launch in Triton (benchmarks/decode.md: H200, bf16, heads of 128)."""
-    return batch == 1 and capacity >= MANY_TOKENS
+    return batch == 1 and FASTER_FROM <= capacity <= FASTER_TO
 
 
 def describe(plan: CudaPlan, step: DecodeStep, window: int, sinks: int, ids_BHN: torch.Tensor, count_BH: torch.Tensor) -> Launch:

@@ -1,0 +1,295 @@
+// CUDA C++ on a CPU, for tests: a program is a thread of the system, its threads are fibers of that thread, and what a warp or a program does
+// together is a meeting of fibers. Exact where the hardware is; products of 16-bit numbers are summed in fp32.
+#pragma once
+#include <sched.h>
+#include <ucontext.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+using std::ceil;
+using std::max;
+using std::min;
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ thread_local
+
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct int4 { int x, y, z, w; };
+struct float2 { float x, y; };
+struct float3 { float x, y, z; };
+struct float4 { float x, y, z, w; };
+struct dim3_on_cpu { int x; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
+
+template <typename To, typename From>
+inline To bits_of(From x) {
+    To y;
+    std::memcpy(&y, &x, sizeof y);
+    return y;
+}
+inline float __int_as_float(int x) { return bits_of<float>(x); }
+inline int __float_as_int(float x) { return bits_of<int>(x); }
+inline float __uint_as_float(unsigned x) { return bits_of<float>(x); }
+inline unsigned __float_as_uint(float x) { return bits_of<unsigned>(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline float __log2f(float x) { return std::log2(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    uint64_t both = (uint64_t)y << 32 | x;
+    unsigned z = 0;
+    for (int n = 0; n < 4; n++) z |= (unsigned)(both >> 8 * (selector >> 4 * n & 7) & 0xff) << 8 * n;
+    return z;
+}
+
+// ---- Fibers -----------------------------------------------------------------------------------------------------------------------------
+
+constexpr int FIBERS = 512, STACK_BYTES = 64 << 10;
+
+struct Meeting {
+    int arrived = 0;
+    unsigned generation = 0;
+    // Of two meetings in turn: a fiber may come to the next before others have left.
+    unsigned words[2][32][6] = {};
+};
+
+struct Program {
+    ucontext_t scheduler, fibers[FIBERS];
+    std::vector<char> stacks = std::vector<char>((size_t)FIBERS * STACK_BYTES);
+    bool done[FIBERS] = {};
+    int now = 0, left = FIBERS;
+    Meeting warps[FIBERS / 32], all;
+};
+
+inline thread_local Program* program_on_cpu;
+inline thread_local dim3_on_cpu blockIdx, gridDim;
+struct ThreadIndex {
+    struct {
+        operator unsigned() const { return program_on_cpu->now; }
+    } x;
+};
+inline ThreadIndex threadIdx;
+
+inline void yield_fiber() {
+    Program& p = *program_on_cpu;
+    swapcontext(&p.fibers[p.now], &p.scheduler);
+}
+
+inline unsigned meet(Meeting& meeting, int members) {
+    unsigned generation = meeting.generation;
+    if (++meeting.arrived == members) {
+        meeting.arrived = 0;
+        meeting.generation++;
+    } else {
+        while (meeting.generation == generation) yield_fiber();
+    }
+    return generation % 2;
+}
+
+inline void __syncthreads() { meet(program_on_cpu->all, FIBERS); }
+inline Meeting& this_warp() { return program_on_cpu->warps[program_on_cpu->now / 32]; }
+inline void __syncwarp() { meet(this_warp(), 32); }
+
+// Every lane's word, as all lanes gave them.
+inline const unsigned (*gather(std::initializer_list<unsigned> mine))[6] {
+    Meeting& warp = this_warp();
+    unsigned half = warp.generation % 2;
+    int n = 0;
+    for (unsigned word : mine) warp.words[half][program_on_cpu->now % 32][n++] = word;
+    return warp.words[meet(warp, 32)];
+}
+
+template <typename X>
+inline X from_lane(X x, int lane) {
+    if constexpr (sizeof(X) == 8) {
+        uint64_t whole = bits_of<uint64_t>(x);
+        auto words = gather({(unsigned)whole, (unsigned)(whole >> 32)});
+        return bits_of<X>((uint64_t)words[lane][1] << 32 | words[lane][0]);
+    } else {
+        return bits_of<X>(gather({bits_of<unsigned>(x)})[lane][0]);
+    }
+}
+inline int lane_on_cpu() { return program_on_cpu->now % 32; }
+template <typename X>
+inline X __shfl_sync(unsigned, X x, int lane) { return from_lane(x, lane % 32); }
+template <typename X>
+inline X __shfl_xor_sync(unsigned, X x, int mask) { return from_lane(x, lane_on_cpu() ^ mask); }
+template <typename X>
+inline X __shfl_up_sync(unsigned, X x, int by) { return from_lane(x, lane_on_cpu() >= by ? lane_on_cpu() - by : lane_on_cpu()); }
+inline unsigned __ballot_sync(unsigned, bool x) {
+    auto words = gather({x});
+    unsigned bits = 0;
+    for (int lane = 0; lane < 32; lane++) bits |= words[lane][0] << lane;
+    return bits;
+}
+inline unsigned __reduce_add_sync(unsigned, unsigned x) {
+    auto words = gather({x});
+    unsigned sum = 0;
+    for (int lane = 0; lane < 32; lane++) sum += words[lane][0];
+    return sum;
+}
+inline unsigned __match_all_sync(unsigned mask, unsigned x, int* same) {
+    auto words = gather({x});
+    *same = 1;
+    for (int lane = 0; lane < 32; lane++) *same &= words[lane][0] == x;
+    return *same ? mask : 0;
+}
+inline unsigned atomicAdd(unsigned* place, unsigned x) { return std::exchange(*place, *place + x); }
+
+inline thread_local std::function<void()>* body_on_cpu = nullptr;
+inline void begin_fiber() {
+    (*body_on_cpu)();
+    Program& p = *program_on_cpu;
+    p.done[p.now] = true;
+    p.left--;
+    swapcontext(&p.fibers[p.now], &p.scheduler);
+}
+
+// All programs of a launch at once.
+inline void run_programs(int programs, std::function<void()> body) {
+    std::vector<std::thread> threads;
+    for (int n = 0; n < programs; n++) {
+        threads.emplace_back([=]() mutable {
+            auto mine = std::make_unique<Program>();
+            program_on_cpu = mine.get();
+            body_on_cpu = &body;
+            blockIdx.x = n;
+            gridDim.x = programs;
+            for (int f = 0; f < FIBERS; f++) {
+                getcontext(&mine->fibers[f]);
+                mine->fibers[f].uc_stack.ss_sp = &mine->stacks[(size_t)f * STACK_BYTES];
+                mine->fibers[f].uc_stack.ss_size = STACK_BYTES;
+                mine->fibers[f].uc_link = nullptr;
+                makecontext(&mine->fibers[f], begin_fiber, 0);
+            }
+            while (mine->left > 0) {
+                for (int f = 0; f < FIBERS; f++) {
+                    if (mine->done[f]) continue;
+                    mine->now = f;
+                    swapcontext(&mine->scheduler, &mine->fibers[f]);
+                }
+                sched_yield();
+            }
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+}
+
+template <typename... A, size_t... N>
+inline void call_with(void (*kernel)(A...), void** parameters, std::index_sequence<N...>) {
+    kernel(*static_cast<std::remove_const_t<A>*>(parameters[N])...);
+}
+template <typename... A>
+inline void launch_on_cpu(void (*kernel)(A...), int programs, void** parameters) {
+    run_programs(programs, [=]() { call_with(kernel, parameters, std::index_sequence_for<A...>()); });
+}
+
+// ---- What kernels/cuda/hardware.cuh says in the hardware's own words ----------------------------------------------------------------------
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct Record {
+    float a, b, c;
+    u32 launch;
+};
+
+inline std::mutex memory_on_cpu;
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline void follow_launch_before() {}
+inline void publish(Record* place, float a, float b, float c, u32 launch) {
+    std::lock_guard lock(memory_on_cpu);
+    *place = {a, b, c, launch};
+}
+inline void publish(u64* place, u32 value, u32 launch) {
+    std::lock_guard lock(memory_on_cpu);
+    *place = (u64)launch << 32 | value;
+}
+template <typename X>
+inline X peek(const X* place) {
+    yield_fiber();
+    std::lock_guard lock(memory_on_cpu);
+    return *place;
+}
+inline uint2 load_8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
+
+// The test's own description of a tensor, where the host encodes one for the hardware.
+struct alignas(64) TensorMap {
+    const char* base;
+    int64_t strides[3];  // of B, S, K, in bytes
+    int64_t sizes[4];
+    char rest[128 - 64];
+};
+
+// A barrier: its phase, and how many bytes are missing.
+inline void init_barrier(u64* barrier) { *barrier = 0; }
+inline void barriers_made() {}
+inline void expect_bytes(u64* barrier, int bytes) { *barrier += (u64)bytes << 32; }
+inline void await_bytes(u64* barrier, u32 parity) {
+    while ((*barrier & 1) == parity) yield_fiber();
+}
+inline void copy_tile(void* tile, const TensorMap* map, int dimension, int head, int token, int b, u64* barrier) {
+    for (int row = 0; row < 16; row++) {
+        for (int chunk = 0; chunk < 8; chunk++) {
+            char* to = static_cast<char*>(tile) + row * 128 + (chunk ^ row % 8) * 16;
+            bool real = token + row < map->sizes[1];
+            const char* from = map->base + b * map->strides[0] + (token + row) * map->strides[1] + head * map->strides[2] + dimension * 2 + chunk * 16;
+            if (real) std::memcpy(to, from, 16);
+            else std::memset(to, 0, 16);
+        }
+    }
+    *barrier -= (u64)(16 * 128) << 32;
+    if (*barrier >> 32 == 0) *barrier ^= 1;
+}
+
+inline u32 bf16_bits(float x) {
+    u32 bits = bits_of<u32>(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline u32 pack_bf16(float low, float high) { return bf16_bits(high) << 16 | bf16_bits(low); }
+inline u32 pack_f16(float low, float high) { return (u32)bits_of<uint16_t>((_Float16)high) << 16 | bits_of<uint16_t>((_Float16)low); }
+inline float half_of(u32 word, int n, bool bf16) {
+    uint16_t bits = word >> 16 * n;
+    return bf16 ? bits_of<float>((u32)bits << 16) : (float)bits_of<_Float16>(bits);
+}
+inline void multiply_on_cpu(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, bool bf16) {
+    auto words = gather({a0, a1, a2, a3, b0, b1});
+    int lane = lane_on_cpu();
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4, upper = i / 2, column = lane % 4 * 2 + i % 2;
+        for (int c = 0; c < 4; c++) {
+            for (int n = 0; n < 2; n++) {
+                d[i] += half_of(words[row * 4 + c][upper], n, bf16) * half_of(words[column * 4 + c][4], n, bf16);
+                d[i] += half_of(words[row * 4 + c][2 + upper], n, bf16) * half_of(words[column * 4 + c][5], n, bf16);
+            }
+        }
+    }
+}
+inline void multiply_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply_on_cpu(d, a0, a1, a2, a3, b0, b1, true); }
+inline void multiply_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply_on_cpu(d, a0, a1, a2, a3, b0, b1, false); }
+inline u32 transpose_8x8(u32 x) {
+    auto words = gather({x});
+    int r = lane_on_cpu() / 4, c = lane_on_cpu() % 4;
+    auto at = [&](int row, int column) { return words[row * 4 + column / 2][0] >> 16 * (column % 2) & 0xffff; };
+    return at(2 * c + 1, r) << 16 | at(2 * c, r);
+}
+
+// Dynamic shared memory of a program.
+alignas(1024) thread_local char memory[232448];

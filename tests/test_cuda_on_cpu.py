@@ -1,0 +1,109 @@
+"""The kernels in CUDA C++ on the CPU, by the compiler's own instructions instead of the GPU's, against the eager definition in fp64."""
+
+# B batch  S cached tokens  H query heads  K kv heads  D head dim  I index-key sets  R index dim  N blocks
+import pytest
+import torch
+from cpu_launch import COMPILER, on_cpu_plan, run_on_cpu
+from test_decode_layer import LAYERS, TENSORS, layer_request, run_layer, with_precision
+
+from rtpurbo.kernels.block_selection import plan_selection, score_and_select
+from rtpurbo.kernels.block_selection.cuda import describe as describe_selection
+from rtpurbo.kernels.block_selection.cuda import plan_cuda_selection
+from rtpurbo.kernels.decode_layer import DecodeStep
+from rtpurbo.kernels.decode_layer.cuda import describe, plan_cuda
+from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+
+def decode(request, *, programs, launches=2):
+    """Some launches with one plan; outputs poisoned, lists and counts of the last."""
+    facts = {name: value for name, value in request["plan"].items() if name not in ("window", "sinks", "dense")}
+    plan = on_cpu_plan(plan_cuda(**facts, device=torch.device("cpu"), programs=programs))
+    B, H, N = len(request["lengths"]), plan.num_heads, plan.capacity_blocks
+    outs = []
+    for _ in range(launches):
+        ids, count = torch.full((B, H, N), -7, dtype=torch.int32), torch.full((B, H), -7, dtype=torch.int32)
+        step = DecodeStep(
+            **{name: request[name] for name in TENSORS}, lengths_B=torch.tensor(request["lengths"], dtype=torch.int32),
+            scale=request["scale"], index_scale=1.0, top_p=request["top_p"], out_BHD=torch.full_like(request["q_BHD"], float("nan")),
+        )  # fmt: skip
+        run_on_cpu(describe(plan, step, request["plan"]["window"], request["plan"]["sinks"], ids, count))
+        outs.append((step.out_BHD, ids, count))
+    assert all(torch.equal(mine, first) for mine, first in zip(outs[-1], outs[0], strict=True))
+    return outs[-1]
+
+
+def check(request, *, programs=16):
+    out, ids, count = decode(request, programs=programs)
+    lengths = request["lengths"]
+    active, idle = [b for b, length in enumerate(lengths) if length > 0], [b for b, length in enumerate(lengths) if length == 0]
+    eager, _ = run_layer(with_precision(request, request["q_BHD"].dtype))["results"][0]
+    exact, (wanted_ids, wanted) = run_layer(with_precision(request, torch.float64))["results"][0]
+    assert torch.equal(count, wanted)
+    listed = torch.arange(ids.shape[2]) < count[..., None]
+    assert torch.equal(ids[listed], wanted_ids[..., : ids.shape[2]][listed])
+    assert (out[idle] == 0).all()
+    assert relative_error(out[active], exact[active]) <= error_bound(eager[active], exact[active])
+    return count[active]
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (128, torch.float16)], ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_layer_equals_fp64_and_keeps_a_twentieth_to_half_of_its_blocks(layer, dim, dtype):
+    lengths = [64 * 17 + 1, 0, 1100] if layer == "groups of 1" else [64 * 17 + 1]
+    request = layer_request(**LAYERS[layer], lengths=lengths, dim=dim, dtype=dtype)
+    request["index_k_BSIR"] = request["index_k_BSIR"].to(torch.bfloat16)
+    count = check(request, programs=20)
+    blocks = torch.tensor([-(-length // 64) for length in lengths if length > 0])[:, None]
+    assert ((count >= 0.05 * blocks) & (count <= 0.5 * blocks)).all(), count
+
+
+@pytest.mark.parametrize(
+    ("length", "sinks", "window"), [(1, 4, 160), (17, 4, 160), (164, 4, 160), (165, 4, 160), (700, 20, 161), (900, 0, 1000)]
+)
+def test_windows_at_their_edges_equal_fp64(length, sinks, window):
+    layer = LAYERS["groups of 4, differing counts"]
+    check(layer_request(**layer, lengths=[length], seed=length, sinks=sinks, window=window, dim=64, dtype=torch.bfloat16))
+
+
+def test_few_programs_attend_to_many_steps():
+    """More steps than warps and slots: keys take a slot several times, and lists several chunks of a program."""
+    layer = {"group_size": 2, "num_groups": 2, "counts": (2,), "key_sets": (0, 0)}
+    request = layer_request(**layer, lengths=[64 * 60 + 5], capacity=64 * 61, window=700, dim=64, dtype=torch.bfloat16, hot_share=0.3)
+    check(request, programs=4)
+
+
+def test_heads_in_parts_equal_fp64():
+    layer = {"group_size": 2, "num_groups": 1, "counts": (2,), "key_sets": (0, 1)}
+    request = layer_request(**layer, lengths=[64 * 2100 + 3], capacity=64 * 2101, window=64, dim=64, dtype=torch.bfloat16, hot_share=0.05)
+    check(request, programs=8)
+
+
+@pytest.mark.parametrize("keys", ["peaked", "equal", "one hot"])
+@pytest.mark.parametrize("tokens", [1, 65, 64 * 513 + 1])
+def test_a_selection_alone_equals_its_definition(tokens, keys):
+    key_sets, lengths = (0, 0, 1), torch.tensor([tokens, max(1, tokens // 3)], dtype=torch.int32)
+    q, k = peaked_index(key_sets, num_sets=2, batch=2, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=tokens, device="cpu")
+    if keys != "peaked":
+        k = torch.zeros_like(k)
+    if keys == "one hot":
+        k[:, tokens // 2] = 3 * q[:, [0, 2]]
+    k = k.to(torch.bfloat16)
+    plan = plan_cuda_selection(key_sets, batch=2, capacity=tokens, device=torch.device("cpu"), block_size=64)
+    assert plan is not None
+    ids, count = torch.zeros(2, 3, plan.capacity_blocks, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
+    for _ in range(2):
+        run_on_cpu(describe_selection(on_cpu_plan(plan), q, k, lengths, 1.0, 0.9, 4, ids, count))
+    wanted_ids, wanted = score_and_select(
+        q,
+        k,
+        plan=plan_selection(key_sets, num_sets=2, batch=2, capacity=tokens, device="cpu"),
+        lengths_B=lengths,
+        scale=1.0,
+        top_p=0.9,
+        sinks=4,
+    )
+    assert torch.equal(count, wanted)
+    listed = torch.arange(ids.shape[2]) < count[..., None]
+    assert torch.equal(ids[listed], wanted_ids[..., : ids.shape[2]][listed])
