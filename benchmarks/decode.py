@@ -64,7 +64,9 @@ def time_select(
 ):
     buffers, step_bytes = index_buffers(layout, batch, tokens, share, capacity=capacity, by_set=by_set, fp8=fp8)
     key_set = LAYOUTS[layout]["key_set"]
-    plan = plan_selection(key_set, num_sets=max(key_set) + 1, batch=batch, capacity=max(capacity, tokens), device="cuda", **plan_options)
+    plan = plan_selection(
+        key_set, num_sets=max(key_set) + 1, batch=batch, capacity=max(capacity, tokens), device="cuda", cuda=True, **plan_options
+    )
     lengths = lengths_of(batch, tokens)
     timing = time_graph([select_step(plan, q, k, lengths, impl) for q, k in buffers])
     _, count = select_step(plan, buffers[0][0], buffers[0][1], lengths, impl)()
@@ -166,7 +168,7 @@ def layer_plan(
 ):
     """A plan of `decode_layer`; options of the one-launch form as measured variants."""
     shape = layer_shape(layout, tokens, batch=batch, capacity=capacity)
-    plan = plan_decode_layer(**shape, window=WINDOW, sinks=SINKS, dense=dense, read_once=read_once)
+    plan = plan_decode_layer(**shape, window=WINDOW, sinks=SINKS, dense=dense, read_once=read_once, cuda=True)
     return replace(plan, fused=plan_fused(**shape, **fused)) if fused else plan
 
 

@@ -16,9 +16,10 @@ from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 
-def decode(request, *, programs, launches=2):
+def decode(request, *, programs, launches=2, plan_batch=None):
     """Some launches with one plan; outputs poisoned, lists and counts of the last."""
     facts = {name: value for name, value in request["plan"].items() if name not in ("window", "sinks", "dense")}
+    facts["batch"] = plan_batch or facts["batch"]
     plan = on_cpu_plan(plan_cuda(**facts, device=torch.device("cpu"), programs=programs))
     B, H, N = len(request["lengths"]), plan.num_heads, plan.capacity_blocks
     outs = []
@@ -34,8 +35,8 @@ def decode(request, *, programs, launches=2):
     return outs[-1]
 
 
-def check(request, *, programs=16):
-    out, ids, count = decode(request, programs=programs)
+def check(request, *, programs=16, plan_batch=None):
+    out, ids, count = decode(request, programs=programs, plan_batch=plan_batch)
     lengths = request["lengths"]
     active, idle = [b for b, length in enumerate(lengths) if length > 0], [b for b, length in enumerate(lengths) if length == 0]
     eager, _ = run_layer(with_precision(request, request["q_BHD"].dtype))["results"][0]
@@ -74,10 +75,33 @@ def test_few_programs_attend_to_many_steps():
     check(request, programs=4)
 
 
+@pytest.mark.parametrize(("lengths", "plan_batch"), [([300, 0, 1100], 3), ([700], 3)], ids=["three of three", "one of three"])
+def test_programs_that_select_and_attend_equal_fp64(lengths, plan_batch):
+    """Fifteen heads for twenty programs: those that select attend for local heads too."""
+    layer = LAYERS["groups of 8, one retained"]
+    check(layer_request(**layer, lengths=lengths, dim=64, dtype=torch.bfloat16), programs=20, plan_batch=plan_batch)
+
+
 def test_heads_in_parts_equal_fp64():
     layer = {"group_size": 2, "num_groups": 1, "counts": (2,), "key_sets": (0, 1)}
     request = layer_request(**layer, lengths=[64 * 2100 + 3], capacity=64 * 2101, window=64, dim=64, dtype=torch.bfloat16, hot_share=0.05)
     check(request, programs=8)
+
+
+def test_few_programs_with_many_parts_attend_to_all_local_heads():
+    """A capacity of two parts on four programs: with one part fewer select, and they attend all the same."""
+    layer = {"group_size": 2, "num_groups": 4, "counts": (2,), "key_sets": (0, 1)}
+    check(layer_request(**layer, lengths=[300], capacity=64 * 2049, dim=64, dtype=torch.bfloat16), programs=4)
+
+
+def test_top_p_of_1_selects_every_block():
+    q, k = torch.ones(1, 1, 16), torch.zeros(1, 64 * 40, 1, 16, dtype=torch.bfloat16)
+    k[0, 700] = 8
+    plan = plan_cuda_selection((0,), batch=1, capacity=64 * 40, device=torch.device("cpu"), block_size=64)
+    assert plan is not None
+    ids, count = torch.zeros(1, 1, 40, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    run_on_cpu(describe_selection(plan, q, k, torch.tensor([64 * 40], dtype=torch.int32), 1.0, 1.0, 4, ids, count))
+    assert ids[0, 0].tolist() == list(range(40))
 
 
 @pytest.mark.parametrize("keys", ["peaked", "equal", "one hot"])

@@ -13,7 +13,7 @@ from rtpurbo.kernels.block_selection.cuda import describe as describe_selection
 from rtpurbo.kernels.block_selection.cuda import part_items_for, plan_cuda_selection, readers_of
 from rtpurbo.kernels.cuda import SOURCES, CudaKernel, TileMaps, nvrtc_obstacle, packed
 from rtpurbo.kernels.decode_layer import DecodeStep, choose_impl, decode_layer, plan_decode_layer
-from rtpurbo.kernels.decode_layer.cuda import describe, is_faster, plan_cuda, share_local_heads, static_obstacle
+from rtpurbo.kernels.decode_layer.cuda import describe, is_faster, obstacle, plan_cuda, share_local_heads, static_obstacle
 from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
 
 needs_nvrtc = pytest.mark.skipif(nvrtc_obstacle() is not None, reason="needs NVRTC (the wheel nvidia-cuda-nvrtc)")
@@ -96,9 +96,25 @@ def test_every_place_of_the_local_heads_has_one_program(batch, counts, group_siz
     assert len(shares) == 132
     assert sorted((share[5], share[3]) for share in mine) == [(job, place) for job in range(len(jobs)) for place in range(places)]
     assert all((share[0], share[1]) == jobs[share[5]] and share[2] == counts[share[1]] and share[4] == places for share in mine)
-    if selectors * 3 <= 132 * 2:
+    apart = selectors * 3 <= 132 * 2 and 132 - selectors >= len(jobs)
+    if apart:
         assert all(share[0] >= batch for share in shares[:selectors])
-    assert places == (0 if not jobs else (132 - selectors if selectors * 3 <= 264 else 132) // len(jobs))
+    assert places == (0 if not jobs else (132 - selectors if apart else 132) // len(jobs))
+
+
+@pytest.mark.parametrize(
+    ("change", "programs"),
+    [
+        ({"group_size": 2, "retrieval_counts": (2,), "key_sets": (0, 1), "capacity": 64 * 2049}, 4),
+        ({"group_size": 4, "num_groups": 8, "retrieval_counts": (4,), "key_sets": (0, 0, 1, 1), "batch": 16, "capacity": 200_000}, 132),
+        ({"num_groups": 8, "batch": 8, "capacity": 300_000}, 132),
+    ],
+    ids=str,
+)
+def test_every_job_has_a_place_whatever_the_number_of_parts(change, programs):
+    layer = LAYER | change
+    assert static_obstacle(**layer, programs=programs) is None
+    assert plan_cuda(**layer, device=torch.device("cpu"), programs=programs).places_P.min() >= 1
 
 
 @pytest.mark.parametrize(
@@ -124,10 +140,35 @@ def test_layers_that_do_not_suit_are_named(change, message):
 
 
 def test_it_is_chosen_only_where_it_was_measured_faster():
-    assert is_faster(1, 1 << 17)
-    assert not is_faster(1, 1 << 15)
-    assert not is_faster(1, 1 << 20)
-    assert not is_faster(8, 1 << 17)
+    assert is_faster((9, 0), 1, 1 << 17)
+    assert not is_faster((9, 0), 1, 1 << 15)
+    assert not is_faster((9, 0), 1, 1 << 20)
+    assert not is_faster((9, 0), 8, 1 << 17)
+    assert not is_faster((12, 0), 1, 1 << 17)
+
+
+def test_tensors_that_do_not_suit_are_named():
+    plan = plan_cuda(**LAYER, device=torch.device("cpu"), programs=132)
+    q, index_q, index_k = (
+        torch.zeros(1, 32, 128, dtype=torch.bfloat16),
+        torch.zeros(1, 5, 16),
+        torch.zeros(1, 64, 5, 16, dtype=torch.bfloat16),
+    )
+    cache = torch.zeros(1, 64, 1, 128, dtype=torch.bfloat16)
+
+    def found(*, q=q, out=q, index_k=index_k, cache=cache, capability=(9, 0)):
+        return obstacle(plan, capability, q, out, index_q, index_k, (cache, cache, None, None)) or ""
+
+    assert found() in ("", nvrtc_obstacle())
+    assert "compute capability 9.0 or later, found 8.6" in found(capability=(8, 6))
+    assert "out holds torch.float32, and q torch.bfloat16" in found(out=q.float())
+    assert "a cache holds torch.float16, and q torch.bfloat16" in found(cache=cache.half())
+    assert "heads in 16 bits, found torch.float32" in found(q=q.float())
+    assert "16 bf16 index dimensions, found 16 of torch.float32" in found(index_k=index_k.float())
+    assert "out needs a contiguous last axis and other strides in multiples of 4 bytes" in found(
+        out=torch.zeros(1, 32 * 128 + 1, dtype=torch.bfloat16)[:, 1:].view(1, 32, 128)
+    )
+    assert "a cache needs a contiguous last axis" in found(cache=cache.transpose(1, 3).contiguous().transpose(1, 3))
 
 
 def test_a_cpu_is_refused():
@@ -152,7 +193,7 @@ def check(request, *, again=3):
     gpu()
     lengths = torch.tensor(request["lengths"], dtype=torch.int32, device="cuda")
     tensors = {name: request[name] for name in request if name.endswith(("BHD", "BHR", "BSKD", "BSIR", "BWKD"))}
-    plan = plan_decode_layer(**request["plan"], device="cuda")
+    plan = plan_decode_layer(**request["plan"], device="cuda", cuda=True)
     assert plan.cuda is not None
     poison(plan.cuda)
     outs = []
@@ -250,7 +291,7 @@ def test_one_plan_serves_smaller_batches_in_any_order():
     lengths = [64 * 17 + 5, 64 * 16, 700]
     request = layer_request(**LAYERS["groups of 4, differing counts"], lengths=lengths, dtype=torch.bfloat16, dim=64, device="cuda")
     tensors = {name: request[name] for name in request if name.endswith(("BHD", "BHR", "BSKD", "BSIR", "BWKD"))}
-    plan = plan_decode_layer(**request["plan"], device="cuda")
+    plan = plan_decode_layer(**request["plan"], device="cuda", cuda=True)
     first = {}
     for batch in [3, 1, 3, 2, 2, 1, 1, 3] * 4:
         out, (ids, count) = decode_layer(
@@ -271,7 +312,7 @@ def test_launches_on_two_streams_wait_for_each_other():
     gpu()
     requests = [layer_request(**QWEN, counts=(5,), key_sets=(0, 1, 2, 3, 4), lengths=[20000 + n], capacity=20480, dtype=torch.bfloat16,
                               hot_share=0.05, seed=n, device="cuda") for n in range(2)]  # fmt: skip
-    plans = [plan_decode_layer(**request["plan"], device="cuda") for request in requests]
+    plans = [plan_decode_layer(**request["plan"], device="cuda", cuda=True) for request in requests]
     streams, results = [torch.cuda.Stream() for _ in requests], [[], []]
     torch.cuda.synchronize()
     for _ in range(40):
@@ -300,7 +341,7 @@ def test_a_selection_alone_holds_its_guarantee(tokens, keys):
         k[:, tokens // 2] = 3 * q[:, [0, 2, 5]]
     k = k.to(torch.bfloat16)
     lengths_B = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-    plan = plan_selection(key_sets, num_sets=3, batch=2, capacity=max(tokens, 64), device="cuda")
+    plan = plan_selection(key_sets, num_sets=3, batch=2, capacity=max(tokens, 64), device="cuda", cuda=True)
     results = {}
     for impl in ("cuda", "cuda", "triton", "reference"):
         ids, count = score_and_select(q, k, plan=plan, lengths_B=lengths_B, scale=1.0, top_p=0.9, sinks=4, impl=impl)

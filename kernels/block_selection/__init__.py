@@ -101,15 +101,18 @@ def score_and_select(
         raise ValueError(f"score_and_select: top_p {top_p} must be > 0, lengths {lengths_B.dtype} int32, index_q contiguous")
     if impl not in ("auto", "cuda", "triton", "reference"):
         raise ValueError(f"score_and_select: impl {impl!r} is not one of auto, cuda, triton, reference")
-    obstacle = "the plan has none: it needs compute capability 9.0 or later, blocks of 64, ascending key sets and no masks"
-    if plan.cuda is not None:
-        obstacle = cuda.index_obstacle(torch.cuda.get_device_capability(index_q_BHR.device), index_q_BHR, index_k_BSIR)
-    if impl == "cuda" and obstacle is not None:
-        raise ValueError(f"score_and_select: impl 'cuda' cannot run: {obstacle}")
-    if impl == "auto" and obstacle is None and not cuda.is_faster(plan.batch, index_k_BSIR, top_p):
-        obstacle = "slower"
-    if plan.cuda is not None and obstacle is None and impl in ("auto", "cuda"):
-        return cuda.launch(plan.cuda, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks)
+    if impl == "cuda" and (plan.cuda is None or not index_q_BHR.is_cuda):
+        raise ValueError(
+            "score_and_select: impl 'cuda' cannot run: it needs compute capability 9.0 or later, and a plan with cuda=True for blocks of "
+            "64, ascending key sets and no masks"
+        )
+    capability = torch.cuda.get_device_capability(index_q_BHR.device) if index_q_BHR.is_cuda else (0, 0)
+    if plan.cuda is not None and (impl == "cuda" or (impl == "auto" and cuda.is_faster(capability, plan.batch, index_k_BSIR, top_p))):
+        obstacle = cuda.index_obstacle(capability, index_q_BHR, index_k_BSIR)
+        if obstacle is not None and impl == "cuda":
+            raise ValueError(f"score_and_select: impl 'cuda' cannot run: {obstacle}")
+        if obstacle is None:
+            return cuda.launch(plan.cuda, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks)
     if impl == "triton" or (impl == "auto" and index_q_BHR.is_cuda):
         from rtpurbo.kernels.block_selection import kernel
 

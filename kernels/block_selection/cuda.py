@@ -97,9 +97,14 @@ def alignment_obstacle(tensors: Sequence[tuple[str, torch.Tensor | None, int]]) 
     return None
 
 
-def is_faster(batch: int, index_k_BSIR: torch.Tensor, top_p: float) -> bool:
-    """Whether it was measured faster than the launch in Triton (benchmarks/decode.md: H200, one sequence, keys stored set by set)."""
-    return batch == 1 and top_p < 1 and index_k_BSIR.stride(1) == index_k_BSIR.shape[3]
+def suits_cuda(capability: tuple[int, int], batch: int) -> bool:
+    """Where it was measured faster than the launch in Triton (benchmarks/decode.md: H200, one sequence); see `is_faster`."""
+    return capability == (9, 0) and batch == 1
+
+
+def is_faster(capability: tuple[int, int], batch: int, index_k_BSIR: torch.Tensor, top_p: float) -> bool:
+    """Whether it was measured faster than the launch in Triton: with keys stored set by set."""
+    return suits_cuda(capability, batch) and top_p < 1 and index_k_BSIR.stride(1) == index_k_BSIR.shape[3]
 
 
 def index_constants(plan_items: int, index_q_BHR: torch.Tensor, top_p: float) -> dict[str, object]:

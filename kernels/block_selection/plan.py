@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from rtpurbo.kernels.block_selection.cuda import CudaSelectionPlan, plan_cuda_selection
+from rtpurbo.kernels.block_selection.cuda import CudaSelectionPlan, plan_cuda_selection, suits_cuda
 from rtpurbo.kernels.division import group_heads, max_waiting, next_power_of_2, num_processors_of, pipeline_bytes_of
 
 NUM_BINS = 256
@@ -121,6 +121,7 @@ def plan_selection(
     pipeline_bytes: int | None = None,
     masks: bool = False,
     held_tiles: int | None = None,
+    cuda: bool | None = None,
 ) -> SelectionPlan:
     """Divide the work of `score_and_select` and allocate its scratch memory.
 
@@ -134,6 +135,7 @@ def plan_selection(
         early_launch: let the launch overlap the end of the launch before it (programmatic dependent launch).
         pipeline_bytes: shared memory for keys on their way, of a program; what the device has.
         held_tiles: tiles of keys in shared memory beside those on their way; what the installed Triton needs.
+        cuda: plan for the launch in CUDA C++ too, where the GPU and the shape allow it; None: where it was measured to be faster.
         masks: `score_and_select` fills `plan.mask_BHW` too, int32 [B, H, N / 32]: one bit a block, for `attend_grouped`.
 
     Raises ValueError for a set without reader or out of range, and beyond 2^21 tokens.
@@ -159,7 +161,9 @@ def plan_selection(
     # What does not fit a tile has at least two parts.
     part_blocks = min(part_blocks, select_tile)
     max_parts = parts_for(N, part_blocks)
-    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if cuda is None:
+        cuda = suits_cuda(capability, batch)
     shape = {
         "chunk_max_BHC": ((batch, H, chunks), torch.float32),
         "histogram_BHPb": ((batch, H, max_parts, HISTOGRAM_WORDS), torch.int64),
@@ -188,7 +192,7 @@ def plan_selection(
         first_set_J=torch.tensor(first_J, dtype=torch.int32, device=device),
         counters=torch.zeros(batch, len(first_J) - 1, 2 + heads_JG.shape[1], dtype=torch.int32, device=device),
         cuda=plan_cuda_selection(key_set_H, batch=batch, capacity=capacity, device=device, block_size=block_size)
-        if on_hopper and not masks
+        if cuda and capability >= (9, 0) and not masks
         else None,
         mask_BHW=torch.zeros(batch, H, -(-N // 32), dtype=torch.int32, device=device) if masks else None,
         block_max_BHN=scores_of_blocks(batch, H, N, device),

@@ -74,6 +74,7 @@ def packed(value: Any) -> Any:
     return ctypes.c_int64(value) if isinstance(value, Long) else ctypes.c_int32(value)
 
 
+@cache
 def nvrtc_obstacle() -> str | None:
     """Why kernels in CUDA C++ cannot be compiled here, or None."""
     try:

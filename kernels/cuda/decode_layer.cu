@@ -11,16 +11,11 @@
 #include "scoring.cuh"
 #include "selection.cuh"
 
-typedef unsigned short half_bits;
-
-#ifndef TOP_P
-#define TOP_P 0.9
-#endif
-#ifndef INDEX_QUERY
-#define INDEX_QUERY float
-#endif
 #ifndef STAMPS
 #define STAMPS 0
+#endif
+#ifndef SHARED_BYTES
+#define SHARED_BYTES 232448
 #endif
 #ifndef IN_FLIGHT
 #define IN_FLIGHT 8
@@ -75,6 +70,8 @@ struct Shared {
     // Of the lists: steps, how many chunks end with each of them, steps of a chunk.
     int list_steps[MOST_ROWS], ends[MOST_ROWS], chunk;
 };
+
+static_assert(sizeof(Shared) <= SHARED_BYTES, "the host gives less than this");
 
 __device__ __forceinline__ void stamp(long long* stamps, int n) {
 #if STAMPS

@@ -4,6 +4,8 @@
 
 #define LOG2E 1.4426950408889634f
 
+typedef unsigned short half_bits;  // a number of 16 bits, of either kind
+
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int BLOCK = 64;  // keys
 constexpr u32 FULL = 0xffffffff;

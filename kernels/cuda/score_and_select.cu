@@ -3,15 +3,6 @@
 #include "scoring.cuh"
 #include "selection.cuh"
 
-typedef unsigned short half_bits;
-
-#ifndef TOP_P
-#define TOP_P 0.9
-#endif
-#ifndef INDEX_QUERY
-#define INDEX_QUERY float
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) score_and_select(
     const INDEX_QUERY* index_q,  // [B, H, R]; strides in elements
     const char* index_k,         // bf16 [B, S, I, R], last axis contiguous; strides in bytes

@@ -5,6 +5,10 @@
 #pragma once
 #include "device.cuh"
 
+#ifndef INDEX_QUERY
+#define INDEX_QUERY float
+#endif
+
 constexpr int INDEX_DIM = 16, TILE_KEYS = 128, STRIPS = 8;
 
 struct IndexTile {

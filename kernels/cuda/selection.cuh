@@ -2,6 +2,10 @@
 #pragma once
 #include "device.cuh"
 
+#ifndef TOP_P
+#define TOP_P 0.9
+#endif
+
 // Masses (2^32 * l * exp(m - top), at most 2^38) as two limbs, whose sums over a warp fit 32 bits.
 constexpr int LIMB_BITS = 19, HIGH_BITS = 20, BINS = 256;
 // Of a block: (bin + 1) above the high limb; forced blocks lie in bin -1, places beyond the last block in a bin beyond all.
@@ -11,6 +15,7 @@ constexpr u32 HIGH_MASK = (1u << HIGH_BITS) - 1, NOWHERE = (BINS + 2) << HIGH_BI
 #define PART_ITEMS 4
 #endif
 constexpr int PART_BLOCKS = PART_ITEMS * THREADS;
+
 struct SelectionShared {
     float top[WARPS];
     // Low limbs, high limbs and numbers of blocks by `bin + 1`.
@@ -202,7 +207,7 @@ __device__ __forceinline__ void select_part(
         earlier += w < warp ? x : 0;
     }
     // A bin is taken while what lies above it is not enough; the forced blocks, bin -1, always are.
-    bool taken = threadIdx.x <= BINS && (threadIdx.x == 0 || earlier + upto - mass < (u64)ceil((double)total * top_p));
+    bool taken = threadIdx.x <= BINS && (threadIdx.x == 0 || top_p >= 1 || earlier + upto - mass < (u64)ceil((double)total * top_p));
     u32 taken_bins = __popc(__ballot_sync(FULL, taken)), taken_blocks = warp_sum(taken ? count : 0), before = warp_sum(taken ? count_before : 0);
     if (lane == 0) shared.bins[warp] = taken_bins, shared.blocks[warp] = taken_blocks, shared.earlier[warp] = before;
     __syncthreads();

@@ -63,8 +63,9 @@ def decode_layer(
     )  # fmt: skip
     plan.check(step)
     chosen = choose_impl(
-        plan, q_BHD, k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD, index_q_BHR=index_q_BHR, index_k_BSIR=index_k_BSIR, top_p=top_p, impl=impl
-    )
+        plan, q_BHD, k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD, out_BHD=step.out_BHD, index_q_BHR=index_q_BHR,
+        index_k_BSIR=index_k_BSIR, top_p=top_p, impl=impl,
+    )  # fmt: skip
     if chosen == "cuda":
         assert plan.cuda is not None
         return step.out_BHD, cuda.launch(plan.cuda, step, plan.window, plan.sinks)
@@ -86,6 +87,7 @@ def choose_impl(
     ring_k_BWKD: torch.Tensor | None = None,
     ring_v_BWKD: torch.Tensor | None = None,
     *,
+    out_BHD: torch.Tensor | None = None,
     index_q_BHR: torch.Tensor | None = None,
     index_k_BSIR: torch.Tensor | None = None,
     top_p: float,
@@ -110,19 +112,22 @@ def choose_impl(
         return impl
     capability = torch.cuda.get_device_capability(q_BHD.device) if q_BHD.is_cuda else (0, 0)
     caches = (k_BSKD, v_BSKD, ring_k_BWKD, ring_v_BWKD)
-    obstacles = {
-        "fused": fused.obstacle(plan.fused, *caches),
-        "cuda": cuda.obstacle(plan.cuda, capability, q_BHD, index_q_BHR, index_k_BSIR, caches),
-    }
-    if not plan.selects(top_p):
-        obstacles = dict.fromkeys(obstacles, "nothing is selected")
-    if impl in obstacles:
-        if obstacles[impl] is not None:
-            raise ValueError(f"decode_layer: impl {impl!r} cannot run: {obstacles[impl]}")
+
+    def obstacle(form: str) -> str | None:
+        if not plan.selects(top_p):
+            return "nothing is selected"
+        if form == "fused":
+            return fused.obstacle(plan.fused, *caches)
+        return cuda.obstacle(plan.cuda, capability, q_BHD, out_BHD, index_q_BHR, index_k_BSIR, caches)
+
+    if impl in ("fused", "cuda"):
+        found = obstacle(impl)
+        if found is not None:
+            raise ValueError(f"decode_layer: impl {impl!r} cannot run: {found}")
         return impl
-    if plan.grouped is not None:
-        return "composed"
-    if obstacles["cuda"] is None and cuda.is_faster(plan.batch, plan.capacity):
-        return "cuda"
-    faster = fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.capacity, plan.head_dim)
-    return "fused" if obstacles["fused"] is None and faster else "composed"
+    faster = {
+        "cuda": plan.cuda is not None and cuda.is_faster(capability, plan.batch, plan.capacity),
+        "fused": fused.is_faster(capability, q_BHD.dtype, plan.batch, plan.capacity, plan.head_dim),
+    }
+    one_launch = [form for form in faster if plan.grouped is None and faster[form] and obstacle(form) is None]
+    return one_launch[0] if one_launch else "composed"

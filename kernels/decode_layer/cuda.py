@@ -67,10 +67,12 @@ def share_local_heads(
 ) -> tuple[list[tuple[int, ...]], int]:
     """Which program attends to which place of which job: a sequence and a KV group with local heads.
 
-    Selectors, the first programs, do nothing beside it unless they are more than two thirds. Returns for every program (sequence, group,
-    first local head, place, places, job, 0, 0), a sequence beyond all for those without work, and the places of every job.
+    Selectors, the first programs, do nothing beside it unless they are more than two thirds or the others too few. Returns for every
+    program (sequence, group, first local head, place, places, job, 0, 0), a sequence beyond all for those without work, and the places of
+    every job.
     """
-    workers = range(selectors if selectors * 3 <= programs * 2 else 0, programs)
+    apart = selectors * 3 <= programs * 2 and programs - selectors >= len(jobs)
+    workers = range(selectors if apart else 0, programs)
     places = len(workers) // len(jobs) if jobs else 0
     shares: list[tuple[int, ...]] = [(1 << 30, *[0] * 7)] * programs
     for place in range(places):
@@ -93,9 +95,8 @@ def static_obstacle(
     items = part_items_for(rows, blocks, programs)
     if rows > min(MOST_ROWS, programs) or items is None:
         return f"{rows} heads of all sequences with {blocks} blocks each are too many for {programs} programs"
-    selectors = rows * -(-blocks // (items * 32 * WARPS))
-    if local > (programs - selectors if selectors * 3 <= programs * 2 else programs):
-        return f"{local} KV groups of all sequences have local heads, more than there are programs beside {selectors} that select"
+    if local > programs:
+        return f"{local} KV groups of all sequences have local heads, more than {programs} programs"
     return None
 
 
@@ -103,7 +104,7 @@ def plan_cuda(
     *, group_size: int, num_groups: int, retrieval_counts: Sequence[int], key_sets: Sequence[int], batch: int, capacity: int, head_dim: int,
     block_size: int, device: torch.device, programs: int | None = None, stamps: bool = False,
 ) -> CudaPlan:  # fmt: skip
-    """Divide the work and allocate scratch memory, about 16 bytes a head and block and a few MB.
+    """Divide the work and allocate scratch memory, 24 bytes a head and block and about 2 MB.
 
     programs: one a multiprocessor; None: as many as the device has.
     stamps: let every program note in `plan.stamps` [programs, 16] when (ns) it came to each of STAMPS; 0: it did not.
@@ -155,26 +156,38 @@ def shared_bytes(head_dim: int) -> int:
     return -(-(slots + merge + tables) // 1024) * 1024
 
 
+def fits(device: torch.device, head_dim: int) -> bool:
+    """Whether a GPU copies tiles as Hopper does and has the shared memory that a program wants."""
+    if device.type != "cuda" or head_dim not in HEAD_DIMS:
+        return False
+    facts = torch.cuda.get_device_properties(device)
+    return facts.major >= 9 and facts.shared_memory_per_block_optin >= shared_bytes(head_dim)
+
+
 def obstacle(
     plan: CudaPlan | None,
     capability: tuple[int, int],
     q_BHD: torch.Tensor,
+    out_BHD: torch.Tensor | None,
     index_q_BHR: torch.Tensor | None,
     index_k_BSIR: torch.Tensor | None,
     caches: Sequence[torch.Tensor | None],
 ) -> str | None:
     """Why these tensors cannot run in the launch, or None. caches: k, v, ring_k, ring_v."""
     if plan is None or index_q_BHR is None or index_k_BSIR is None:
-        return "the plan has none: it needs compute capability 9.0 or later, a selection, and a layer as `static_obstacle` says"
+        return "the plan has none: it is made where it was measured faster, or with cuda=True; it needs a selection and a GPU like Hopper"
     if q_BHD.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes heads in 16 bits, found {q_BHD.dtype}"
-    found = alignment_obstacle([("q", q_BHD, 16), *(("a cache", x, 16) for x in caches)])
+    for name, x in (("out", out_BHD), *(("a cache", x) for x in caches)):
+        if x is not None and x.dtype != q_BHD.dtype:
+            return f"{name} holds {x.dtype}, and q {q_BHD.dtype}"
+    found = alignment_obstacle([("q", q_BHD, 16), ("out", out_BHD, 4), *(("a cache", x, 16) for x in caches)])
     return found or index_obstacle(capability, index_q_BHR, index_k_BSIR)
 
 
-def is_faster(batch: int, capacity: int) -> bool:
+def is_faster(capability: tuple[int, int], batch: int, capacity: int) -> bool:
     """Whether it was measured faster than the launch in Triton (benchmarks/decode.md: H200, bf16, heads of 128)."""
-    return batch == 1 and FASTER_FROM <= capacity <= FASTER_TO
+    return capability == (9, 0) and batch == 1 and FASTER_FROM <= capacity <= FASTER_TO
 
 
 def describe(plan: CudaPlan, step: DecodeStep, window: int, sinks: int, ids_BHN: torch.Tensor, count_BH: torch.Tensor) -> Launch:
@@ -199,7 +212,8 @@ def describe(plan: CudaPlan, step: DecodeStep, window: int, sinks: int, ids_BHN:
         grid=(plan.programs,),
         arguments=arguments,
         constants={
-            "HEAD_DIM": D, "HALF_FLOAT": int(q.dtype == torch.float16), "STAMPS": int(plan.stamps is not None),
+            "HEAD_DIM": D, "SHARED_BYTES": shared_bytes(D), "HALF_FLOAT": int(q.dtype == torch.float16),
+            "STAMPS": int(plan.stamps is not None),
             **index_constants(plan.part_items, index_q, step.top_p),
         },
         num_warps=WARPS,
