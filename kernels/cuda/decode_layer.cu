@@ -51,7 +51,7 @@ struct Layer {
     u64* listed;               // [B, H, N]: (launch, id)
     u64* counted;              // [B, H]: (launch, blocks of the list)
     Record* parts;             // [programs + B * H, D / 2]: two dimensions, base-2 log of the sum
-    Record* local_parts;       // [programs + B * K, G, D / 2]
+    Record* local_parts;       // [programs, G, D / 2]
     int rows, num_heads, group_size, num_retained, capacity, window, sinks, num_jobs;
     long stride_qb, stride_qh, stride_ob, stride_oh;
     float scale_log2;
