@@ -49,8 +49,14 @@ def check(request, *, programs=16, plan_batch=None):
     return count[active]
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (128, torch.float16)], ids=str)
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    ("layer", "dim", "dtype"),
+    [
+        *((layer, 64, torch.bfloat16) for layer in LAYERS),
+        *((f"groups of {layer}", 128, torch.float16) for layer in ("8, one retained", "3, all retained")),
+    ],
+    ids=str,
+)
 def test_a_layer_equals_fp64_and_keeps_a_twentieth_to_half_of_its_blocks(layer, dim, dtype):
     lengths = [64 * 17 + 1, 0, 1100] if layer == "groups of 1" else [64 * 17 + 1]
     request = layer_request(**LAYERS[layer], lengths=lengths, dim=dim, dtype=dtype)
