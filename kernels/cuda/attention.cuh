@@ -183,18 +183,10 @@ __device__ __forceinline__ bool merge_parts(const Record* parts, long stride, in
     if (pair < PAIRS) {
         for (int from = first; from < count; from += LANES * BATCH) {
             Record seen[BATCH];
-            bool missing = true;
-            while (missing) {
-                missing = false;
-#pragma unroll
-                for (int j = 0; j < BATCH; j++) {
-                    int part = from + j * LANES;
-                    seen[j] = {0.f, 0.f, -infinity(), launch};
-                    if (part < count) seen[j] = peek(parts + part * stride + pair);
-                }
-#pragma unroll
-                for (int j = 0; j < BATCH; j++) missing |= seen[j].launch != launch;
-            }
+            await_all(seen, launch, [&](int j) {
+                int part = from + j * LANES;
+                return part < count ? peek(parts + part * stride + pair) : Record{0.f, 0.f, -infinity(), launch};
+            });
 #pragma unroll
             for (int j = 0; j < BATCH; j++) {
                 float larger = fmaxf(best, seen[j].c), safe = larger == -infinity() ? 0.f : larger;

@@ -22,6 +22,19 @@ __device__ __forceinline__ Record await(const Record* place, u32 launch) {
     return seen;
 }
 
+// Several records at a time: what `look(j)` gives for each, until all are of this launch.
+template <int COUNT, typename Look>
+__device__ __forceinline__ void await_all(Record (&seen)[COUNT], u32 launch, Look look) {
+    bool missing = true;
+    while (missing) {
+        missing = false;
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) seen[j] = look(j);
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) missing |= seen[j].launch != launch;
+    }
+}
+
 __device__ __forceinline__ u32 await(const u64* place, u32 launch) {
     u64 word;
     do word = peek(place);

@@ -41,18 +41,10 @@ __device__ __forceinline__ float await_scores(
 #pragma unroll
     for (int from = 0; from < ITEMS; from += BATCH) {
         Record seen[BATCH];
-        bool missing = true;
-        while (missing) {
-            missing = false;
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) {
-                int n = first + (from + j) * THREADS + threadIdx.x;
-                seen[j] = {-infinity(), 0.f, 0.f, launch};
-                if (n < end) seen[j] = peek(records + n);
-            }
-#pragma unroll
-            for (int j = 0; j < BATCH; j++) missing |= seen[j].launch != launch;
-        }
+        await_all(seen, launch, [&](int j) {
+            int n = first + (from + j) * THREADS + threadIdx.x;
+            return n < end ? peek(records + n) : Record{-infinity(), 0.f, 0.f, launch};
+        });
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
             best[from + j] = seen[j].a;
@@ -171,16 +163,9 @@ __device__ __forceinline__ void select_part(
 #pragma unroll 1
             for (int from = 0; from < parts; from += 4) {
                 Record seen[4];
-                bool missing = true;
-                while (missing) {
-                    missing = false;
-#pragma unroll
-                    for (int x = 0; x < 4; x++) {
-                        seen[x] = {0.f, 0.f, 0.f, launch};
-                        if (from + x < parts) seen[x] = peek(histograms + (from + x) * (BINS + 1) + threadIdx.x);
-                        missing |= seen[x].launch != launch;
-                    }
-                }
+                await_all(seen, launch, [&](int x) {
+                    return from + x < parts ? peek(histograms + (from + x) * (BINS + 1) + threadIdx.x) : Record{0.f, 0.f, 0.f, launch};
+                });
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     mass += (u64)__float_as_uint(seen[x].b) << 32 | __float_as_uint(seen[x].a);
