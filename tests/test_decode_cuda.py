@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from test_decode_layer import LAYERS, QWEN, layer_request, run_layer, with_precision
+from test_decode_layer import LAYERS, QWEN, check_smaller_batches, layer_request, run_layer, with_precision
 
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.block_selection.cuda import describe as describe_selection
@@ -288,22 +288,7 @@ def test_real_shapes_equal_fp64(counts, key_sets, lengths):
 @pytest.mark.gpu
 def test_one_plan_serves_smaller_batches_in_any_order():
     gpu()
-    lengths = [64 * 17 + 5, 64 * 16, 700]
-    request = layer_request(**LAYERS["groups of 4, differing counts"], lengths=lengths, dtype=torch.bfloat16, dim=64, device="cuda")
-    tensors = {name: request[name] for name in request if name.endswith(("BHD", "BHR", "BSKD", "BSIR", "BWKD"))}
-    plan = plan_decode_layer(**request["plan"], device="cuda", cuda=True)
-    first = {}
-    for batch in [3, 1, 3, 2, 2, 1, 1, 3] * 4:
-        out, (ids, count) = decode_layer(
-            **{name: tensor[:batch] for name, tensor in tensors.items()}, plan=plan,
-            lengths_B=torch.tensor(lengths[:batch], dtype=torch.int32, device="cuda"), scale=request["scale"], index_scale=1.0, top_p=0.9,
-            impl="cuda",
-        )  # fmt: skip
-        listed = torch.where(torch.arange(ids.shape[2], device="cuda") < count[..., None], ids, -1)
-        again, whole = first.setdefault(batch, (out, listed, count)), first[3]
-        assert all(torch.equal(mine, before) for mine, before in zip((out, listed, count), again, strict=True))
-        assert all(torch.equal(mine, all_[:batch]) for mine, all_ in zip((listed, count), whole[1:], strict=True))
-        torch.testing.assert_close(out, whole[0][:batch], rtol=2**-7, atol=2**-9)
+    check_smaller_batches("cuda", dim=64)
 
 
 @pytest.mark.gpu

@@ -350,15 +350,19 @@ def test_every_program_has_one_role_and_one_turn(interpreted):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_one_plan_serves_smaller_batches_in_any_order():
-    lengths = [64 * 17 + 5, 64 * 16, 700]
-    request = layer_request(**LAYERS["groups of 4, differing counts"], lengths=lengths, impl="fused", dtype=torch.bfloat16, device="cuda")
-    plan = plan_decode_layer(**request["plan"], device="cuda")
+    check_smaller_batches("fused", dim=32)
+
+
+def check_smaller_batches(impl, *, dim):
+    lengths, layer = [64 * 17 + 5, 64 * 16, 700], LAYERS["groups of 4, differing counts"]
+    request = layer_request(**layer, lengths=lengths, impl=impl, dim=dim, dtype=torch.bfloat16, device="cuda")
+    plan = plan_decode_layer(**request["plan"], device="cuda", cuda=impl == "cuda")
     first = {}
     for batch in [3, 1, 3, 2, 2, 1, 1, 3] * 4:
         step = {name: None if request[name] is None else request[name][:batch] for name in TENSORS}
         out, (ids, count) = decode_layer(
             **step, plan=plan, lengths_B=torch.tensor(lengths[:batch], dtype=torch.int32, device="cuda"), scale=request["scale"],
-            index_scale=1.0, top_p=0.9, impl="fused",
+            index_scale=1.0, top_p=0.9, impl=impl,
         )  # fmt: skip
         listed = torch.where(torch.arange(ids.shape[2], device="cuda") < count[..., None], ids, -1)
         again, whole = first.setdefault(batch, (out, listed, count)), first[3]
