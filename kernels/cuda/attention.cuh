@@ -50,7 +50,7 @@ struct Query {
     uint4 chunks[K_CHUNKS];  // of head r
 
     __device__ __forceinline__ void load(const char* q, long stride_head, int first, int heads) {
-        int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+        int thread = fresh(threadIdx.x), r = thread % 32 / 4, c = thread % 4;
 #pragma unroll
         for (int j = 0; j < K_CHUNKS; j++) {
             chunks[j] = make_uint4(0, 0, 0, 0);
@@ -128,7 +128,7 @@ __device__ __forceinline__ int place_in_merge(int head, int dimension) { return 
 
 // Stores a warp's result for the first `heads` heads.
 __device__ __forceinline__ void store_partial(MergeShared& shared, Partial& partial, int heads) {
-    int warp = threadIdx.x / 32, r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+    int thread = fresh(threadIdx.x), warp = thread / 32, r = thread % 32 / 4, c = thread % 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float sum = added_across<16>(added_across<8>(added_across<4>(partial.sum[h])));
@@ -149,7 +149,7 @@ __device__ __forceinline__ void store_partial(MergeShared& shared, Partial& part
 __device__ __forceinline__ void weigh_warps(MergeShared& shared, int warps) {
     static_assert(COLUMNS * WARPS == 128, "a thread for each head and warp");
     if (threadIdx.x >= COLUMNS * WARPS) return;
-    int head = threadIdx.x / WARPS, w = threadIdx.x % WARPS;
+    int thread = fresh(threadIdx.x), head = thread / WARPS, w = thread % WARPS;
     float mine = w < warps ? shared.best[head][w] : -infinity();
     float best = larger_across<8>(larger_across<4>(larger_across<2>(larger_across<1>(mine)))), safe = best == -infinity() ? 0.f : best;
     float weight = exp2_fast(mine - safe), sum = w < warps ? weight * shared.sum[head][w] : 0.f;

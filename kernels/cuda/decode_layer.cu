@@ -25,7 +25,7 @@
 #endif
 
 // Heads of all sequences; steps of a span whose places are known at a time.
-constexpr int MOST_ROWS = 64, MOST_READERS = 64, BATCH_STEPS = THREADS, STEPS_A_BLOCK = BLOCK / STEP;
+constexpr int MOST_ROWS = 64, BATCH_STEPS = THREADS, STEPS_A_BLOCK = BLOCK / STEP;
 
 // What a program attends to at a time: some steps of a list of blocks, or of a window, with heads first_head ... heads - 1 of a KV group (or
 // one retrieval head alone).
@@ -66,7 +66,7 @@ struct Shared {
     u64 full[WARPS];
     int4 readers[MOST_READERS];
     int begins[BATCH_STEPS];  // of the steps of a span: its first key's row times 32, and how many keys
-    Span span;
+    Span spans[2];            // this turn's and the next one's
     // Of the lists: steps, how many chunks end with each of them, steps of a chunk.
     int list_steps[MOST_ROWS], ends[MOST_ROWS], chunk;
 };
@@ -95,6 +95,11 @@ __device__ __forceinline__ int local_steps(const Layer& layer, int length, bool 
 
 __device__ __forceinline__ int places_of(int most_places, int steps) { return min(most_places, ceil_div(steps, WARPS)); }
 
+// Where place n of equal ones begins; all programs find the same.
+__device__ __forceinline__ int part_of(int steps, int n, int places) {
+    return n == places ? steps : min(steps, (int)((float)steps * n * reciprocal_fast(places)));
+}
+
 // What a program's work for the local heads is now. Without any, an empty span.
 __device__ __forceinline__ Span local_span(const Layer& layer, const LocalShare& share, const TensorMap* maps) {
     Span span;
@@ -102,7 +107,7 @@ __device__ __forceinline__ Span local_span(const Layer& layer, const LocalShare&
     bool ring = share.group >= layer.num_retained, all = ring || length <= layer.sinks + layer.window;
     int steps = local_steps(layer, length, ring), places = places_of(share.places, steps);
     span.first = span.end = 0;
-    if (share.place < places) span.first = steps * share.place / places, span.end = steps * (share.place + 1) / places;
+    if (share.place < places) span.first = part_of(steps, share.place, places), span.end = part_of(steps, share.place + 1, places);
     span.q = layer.q + share.b * layer.stride_qb + first * layer.stride_qh;
     span.list = nullptr;
     span.k = maps + (ring ? 2 : 0);
@@ -131,7 +136,7 @@ __device__ __forceinline__ void divide_lists(Shared& shared, const Layer& layer,
     int chunk = max(ceil_div(total, max(programs - rows, programs / 2)), LEAST_STEPS);
 #pragma unroll 1
     for (int from = 0; from < rows; from += 32) {
-        int places = from + lane < rows ? ceil_div(shared.list_steps[from + lane], chunk) : 0;
+        int places = from + lane < rows ? quotient(shared.list_steps[from + lane] + chunk - 1, chunk) : 0;
 #pragma unroll
         for (int x = 1; x < 32; x *= 2) {
             int before = __shfl_up_sync(FULL, places, x);
@@ -150,13 +155,13 @@ __device__ __forceinline__ Span list_span(const Shared& shared, const Layer& lay
     int lane = threadIdx.x % 32, rows = layer.rows, row = 0;
 #pragma unroll 1
     for (int from = 0; from < rows; from += 32) row += __popc(__ballot_sync(FULL, from + lane < rows && shared.ends[from + lane] <= item));
-    int b = row / layer.num_heads, head = layer.row_head[row - b * layer.num_heads], steps = shared.list_steps[row];
+    int b = quotient(row, layer.num_heads), head = layer.row_head[row - b * layer.num_heads], steps = shared.list_steps[row];
     span.q = layer.q + b * layer.stride_qb + head * layer.stride_qh;
     span.list = layer.listed + (long)row * layer.capacity;
     span.k = maps;
     span.v = maps + 1;
     span.b = b;
-    span.kv_head = head / layer.group_size;
+    span.kv_head = quotient(head, layer.group_size);
     span.first = (item - (row ? shared.ends[row - 1] : 0)) * shared.chunk;
     span.end = min(span.first + shared.chunk, steps);
     span.tokens = layer.lengths[b];
@@ -167,17 +172,22 @@ __device__ __forceinline__ Span list_span(const Shared& shared, const Layer& lay
     return span;
 }
 
-// Where step n of a batch that begins with step `from` of the span lies.
-__device__ __forceinline__ void place_step(Shared& shared, const Span& span, int from, int n, u32 launch) {
-    int step = from + n, begin, end = span.tokens;
+// The first key of a step of a window, and where the keys end that it may hold.
+__device__ __forceinline__ int window_step(const Span& span, int step, int& end) {
+    int sink_steps = ceil_div(span.sinks, STEP);
+    end = step < sink_steps ? span.sinks : span.tokens;
+    return step < sink_steps ? step * STEP : span.window + (step - sink_steps) * STEP;
+}
+
+// Where a step of the span lies: its first key's row times 32, and how many keys.
+__device__ __forceinline__ int place_of(const Span& span, int step, u32 launch) {
+    int begin, end = span.tokens;
     if (span.list) {
         begin = await(span.list + step / STEPS_A_BLOCK, launch) * BLOCK + step % STEPS_A_BLOCK * STEP;
     } else {
-        int sink_steps = ceil_div(span.sinks, STEP);
-        begin = step < sink_steps ? step * STEP : span.window + (step - sink_steps) * STEP;
-        end = step < sink_steps ? span.sinks : end;
+        begin = window_step(span, step, end);
     }
-    shared.begins[n] = begin << 5 | max(0, min(STEP, end - begin));
+    return begin << 5 | max(0, min(STEP, end - begin));
 }
 
 // By one thread: sends for the keys and values of step n, which go to the slot of warp n mod WARPS.
@@ -191,50 +201,59 @@ __device__ __forceinline__ void send_for(Shared& shared, const Span& span, int n
     }
 }
 
-// By one warp: makes a span the program's, and sends for its first steps.
-__device__ __forceinline__ void begin_span(Shared& shared, const Span& span, u32 launch) {
-    int lane = threadIdx.x % 32, steps = span.end - span.first;
-    if (lane < min(steps, BATCH_STEPS)) place_step(shared, span, span.first, lane, launch);
-    if (lane < min(steps, IN_FLIGHT)) send_for(shared, span, lane);
-    if (lane == 0) shared.span = span;
+// Steps on their way at a time. More than bandwidth times latency would only make the programs wait that tell each other something; when lists
+// are there, nobody waits any more.
+__device__ __forceinline__ int in_flight(const Span& span) { return span.list ? WARPS : IN_FLIGHT; }
+
+// By one warp, whose lane n knows where step n of the span lies: sends for the first steps, one to a slot.
+__device__ __forceinline__ void begin_span(Shared& shared, const Span& span, int place) {
+    int lane = fresh(threadIdx.x) % 32, steps = min(span.end - span.first, WARPS), ahead = in_flight(span);
+    shared.begins[lane] = place;
+    __syncwarp();
+    if (lane < min(steps, ahead)) send_for(shared, span, lane);
 }
 
-// Attends to shared.span, which one warp began, by all warps of a program, and stores or publishes what they found. filled: whether this
-// warp's slot was filled an odd number of times.
-__device__ __forceinline__ void attend_span(Shared& shared, const Layer& layer, u32& filled, u32 launch) {
-    const Span& span = shared.span;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// Attends to a span that one warp began, by all warps of a program. filled: whether this warp's slot was filled an odd number of times.
+__device__ __forceinline__ void attend_span(Shared& shared, const Layer& layer, const Span& span, u32& filled, u32 launch) {
+    int thread = fresh(threadIdx.x), warp = thread / 32, lane = thread % 32;
     Query query;
     query.load(span.q, layer.stride_qh, span.first_head, span.heads);
     Partial partial;
     partial.clear();
+    // The first steps are on their way.
+    int sent = in_flight(span);
 #pragma unroll 1
     for (int from = span.first; from < span.end; from += BATCH_STEPS) {
         int steps = min(BATCH_STEPS, span.end - from), begun = from == span.first ? 32 : 0;
         if (steps > begun) {
-            for (int n = begun + (int)threadIdx.x; n < steps; n += THREADS) place_step(shared, span, from, n, launch);
+            for (int n = begun + (int)threadIdx.x; n < steps; n += THREADS) shared.begins[n] = place_of(span, from + n, launch);
             __syncthreads();
         }
-        if (!begun && lane == 0 && warp < min(steps, IN_FLIGHT)) send_for(shared, span, warp);
+        if (!begun) {
+            sent = WARPS;
+            if (lane == 0 && warp < steps) send_for(shared, span, warp);
+        }
 #pragma unroll 1
         for (int n = warp; n < steps; n += WARPS) {
-            await_bytes(&shared.full[warp], filled);
+            await_phase(&shared.full[warp], filled);
             filled ^= 1;
-            // More on their way than bandwidth times latency would only make the programs wait that tell each other something.
-            if (n < WARPS - IN_FLIGHT && n + IN_FLIGHT < steps && lane == 0) send_for(shared, span, n + IN_FLIGHT);
+            if (n < WARPS - sent && n + sent < steps && lane == 0) send_for(shared, span, n + sent);
             attend_step(partial, query, shared.slots[warp], shared.begins[n] & 31, layer.scale_log2);
             __syncwarp();
             if (n + WARPS < steps && lane == 0) send_for(shared, span, n + WARPS);
         }
         if (from + BATCH_STEPS < span.end) __syncthreads();
     }
-    const int warps = min(WARPS, span.end - span.first);
     store_partial(shared.merge, partial, span.heads);
-    __syncthreads();
+}
+
+// Merges what the warps found in a span, and stores or publishes it. By all warps but the last, which begins the next span meanwhile.
+__device__ __forceinline__ void finish_span(Shared& shared, const Layer& layer, const Span& span, u32 launch) {
+    const int warps = min(WARPS, span.end - span.first);
     weigh_warps(shared.merge, warps);
-    __syncthreads();
+    meet_but_last_warp();
 #pragma unroll 1
-    for (int x = threadIdx.x + span.first_head * PAIRS; x < span.heads * PAIRS; x += THREADS) {
+    for (int x = fresh(threadIdx.x) + span.first_head * PAIRS; x < span.heads * PAIRS; x += THREADS - 32) {
         int head = x / PAIRS, pair = x % PAIRS;
         float2 y = merge_warps(shared.merge, head, pair, warps);
         if (span.out) store_pair(span.out + head * layer.stride_oh + 2 * pair, y.x, y.y);
@@ -276,66 +295,82 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
     // What does not depend on the launch before is read while that one ends: the plan's tables, and all parameters, whose cache is cold.
     if (warp == WARPS - 1) {
         int lane = threadIdx.x % 32;
-        if (lane < WARPS) init_barrier(&shared.full[lane]);
+        if (lane < WARPS) init_barrier(&shared.full[lane], 1);
         barriers_made();
         __syncwarp();
     }
     for (int v = threadIdx.x; v < min(num_readers, MOST_READERS); v += THREADS) shared.readers[v] = readers[v];
-    LocalShare share = shares[program];
-    const u32 touched = low_bits(q) ^ low_bits(lengths) ^ low_bits(listed) ^ low_bits(layer.local_parts) ^ low_bits(index_k) ^ low_bits(shares) ^
+    int tables = shares[program].b ^ row_head[min((int)threadIdx.x, num_heads - 1)] ^ local_heads[min(max(program - rows, 0), plan_rows / num_heads * num_query_heads - 1)];
+    const u32 touched = tables ^ low_bits(q) ^ low_bits(lengths) ^ low_bits(listed) ^ low_bits(layer.local_parts) ^ low_bits(index_k) ^
                         low_bits(tops) ^ low_bits(stamps) ^ (u32)(rows ^ capacity ^ stride_qb ^ stride_ob ^ stride_iqb ^ stride_iki);
     if (touched == 0x9e3779b9) shared.chunk = 0;  // never read before it is written: it keeps the reads
     __syncthreads();
+    const Scoring scoring = {index_k, stride_ikb, stride_iks, stride_iki, index_q, stride_iqb, stride_iqh,
+                       num_readers <= MOST_READERS ? shared.readers : readers, lengths, scores, batch, num_readers, num_heads, capacity, index_scale};
     follow_launch_before();
     stamp(stamps, 0);
     const u32 launch = number_of_launch(launches + program);
     u32 filled = 0;
-    int blocks = 0;
-    for (int b = 0; b < batch; b++) blocks = max(blocks, ceil_div(lengths[b], BLOCK));
-    const int now_parts = min(most_parts, parts_of(blocks)), selectors = plan_rows * now_parts;
-    if (now_parts > 1) share = shares[(now_parts - 1) * programs + program];
-    score_share<INDEX_QUERY>(
-        {index_k, stride_ikb, stride_iks, stride_iki, index_q, stride_iqb, stride_iqh, num_readers <= MOST_READERS ? shared.readers : readers,
-         lengths, scores, batch, num_readers, num_heads, capacity, index_scale},
-        program, programs, launch
-    );
+    const int now_parts = min(most_parts, parts_now(lengths, batch)), selectors = plan_rows * now_parts;
+    score_share<INDEX_QUERY>(scoring, program, programs, launch);
     stamp(stamps, 1);
 
-    // First the local heads, then the lists, by the same instructions: they are in the cache by then.
-    int item = 0, items = share.b < batch ? 1 : 0;
-#pragma unroll 1
-    for (int act = 0; act < 2; act++) {
-        if (act == 1) {
-            stamp(stamps, 8);
-            if (warp == WARPS - 1) divide_lists(shared, layer, programs, launch);
-            __syncthreads();
-            stamp(stamps, 9);
+    if (program < selectors) {
+        auto announce = [&](int row, int taken) {
+            publish(layer.counted + row, taken, launch);
+            count[row] = taken;
+        };
+        auto emit = [&](int row, int place, int block) {
+            publish(layer.listed + (long)row * layer.capacity + place, block, launch);
+            ids[(long)row * layer.capacity + place] = block;
+        };
+        select_share(
+            shared.selection, scores, tops, histograms, lengths, rows, num_heads, capacity, now_parts, ceil_div(sinks, BLOCK), TOP_P, program,
+            programs, launch, announce, emit
+        );
+        stamp(stamps, 7);
+    }
+
+    // In turns: the local heads, where the program has any, then chunks of the lists. The last warp, which has the fewest tiles of index keys,
+    // looks for the next span while the others still score or attend, and begins it while they finish the one before.
+    bool attended = false;
+    int place = 0, first_list = 0;
+    auto find_span = [&](int turn) {
+        const int programs = fresh(gridDim.x), program = fresh(blockIdx.x);
+        Span& span = shared.spans[turn % 2];
+        bool local = false;
+        if (turn == 0) {
+            LocalShare share = shares[(now_parts - 1) * programs + program];
+            local = share.b < batch;
+            first_list = local ? 1 : 0;
+            if (local) span = local_span(layer, share, &maps.k);
+        }
+        if (!local) {
+            if (turn == first_list) divide_lists(shared, layer, programs, launch);
             // Programs that select have the least left of their time: they take the last places.
-            item = programs - 1 - program;
-            items = shared.ends[rows - 1];
-        } else if (program < selectors) {
-            auto announce = [&](int row, int taken) {
-                publish(layer.counted + row, taken, launch);
-                count[row] = taken;
-            };
-            auto emit = [&](int row, int place, int block) {
-                publish(layer.listed + (long)row * layer.capacity + place, block, launch);
-                ids[(long)row * layer.capacity + place] = block;
-            };
-            select_share(
-                shared.selection, scores, tops, histograms, lengths, rows, num_heads, capacity, now_parts, ceil_div(sinks, BLOCK), TOP_P, program,
-                programs, launch, announce, emit
-            );
-            stamp(stamps, 7);
+            int item = programs - 1 - program + (turn - first_list) * programs;
+            if (item < shared.ends[rows - 1]) span = list_span(shared, layer, item, &maps.k);
+            else span.first = span.end = -1;
         }
-        // The last warp has the fewest tiles of index keys.
+        __syncwarp();
+        int step = span.first + fresh(threadIdx.x) % 32;
+        if (step < span.end) place = place_of(span, step, launch);
+    };
 #pragma unroll 1
-        for (; item < items; item += programs) {
-            if (warp == WARPS - 1) begin_span(shared, act == 0 ? local_span(layer, share, &maps.k) : list_span(shared, layer, item, &maps.k), launch);
-            __syncthreads();
-            if (shared.span.first < shared.span.end) attend_span(shared, layer, filled, launch);
-            __syncthreads();
+    for (int turn = -1;; turn++) {
+        if (turn >= 0) {
+            const Span& span = shared.spans[turn % 2];
+            if (span.first < 0) break;
+            attended = span.first < span.end;
+            if (attended) attend_span(shared, layer, span, filled, launch);
         }
+        if (warp == WARPS - 1) find_span(turn + 1);
+        if (turn >= 0) __syncthreads();
+        if (warp == WARPS - 1) begin_span(shared, shared.spans[(turn + 1) % 2], place);
+        else if (attended) finish_span(shared, layer, shared.spans[turn % 2], launch);
+        if (turn == 0) stamp(stamps, 8);
+        __syncthreads();
+        if (turn <= 0 && shared.spans[(turn + 1) % 2].list) stamp(stamps, 9);
     }
     stamp(stamps, 10);
 

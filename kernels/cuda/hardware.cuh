@@ -10,11 +10,27 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is used. Kept from one turn of a long loop to
+// the next it would be spilled, and programs of 16 warps read what they spilled from beyond their own cache.
+__device__ __forceinline__ int fresh(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Programmatic dependent launch: let the next launch begin, and wait for the one before.
 __device__ __forceinline__ void follow_launch_before() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
+
+// All warps of a program of sixteen but the last wait for each other.
+__device__ __forceinline__ void meet_but_last_warp() { asm volatile("bar.sync 1, 480;" ::: "memory"); }
 
 // ---- Records ----------------------------------------------------------------------------------------------------------------------------
 // What one program tells another is written as records of 8 or 16 bytes, each of them one memory operation, that hold the number of their
@@ -54,25 +70,32 @@ __device__ __forceinline__ uint2 load_8(const char* p) {
     return x;
 }
 
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
 // A description of a tensor of four axes that the host encoded (CUtensorMap), for copies of tiles to shared memory.
 struct alignas(64) TensorMap {
     char bytes[128];
 };
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void init_barrier(u64* barrier) { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory"); }
+// Barriers in shared memory: a phase ends when `arrivals` threads have come and the bytes they announced are there. What a thread did before it
+// came is seen by those who waited.
+__device__ __forceinline__ void init_barrier(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
 
 // After the barriers were made, before copies that complete them.
 __device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+// Comes, and announces bytes.
 __device__ __forceinline__ void expect_bytes(u64* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void await_bytes(u64* barrier, u32 parity) {
+// Waits for the end of phase 0, 1, ...; nobody may be so late that the next one may have ended too.
+__device__ __forceinline__ void await_phase(u64* barrier, u32 phase) {
     asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)), "r"(parity)
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(shared_address(barrier)),
+        "r"(phase & 1)
         : "memory"
     );
 }

@@ -5,11 +5,15 @@
 #pragma once
 #include "device.cuh"
 
+#ifndef PING_PONG
+#define PING_PONG 1
+#endif
 #ifndef INDEX_QUERY
 #define INDEX_QUERY float
 #endif
 
 constexpr int INDEX_DIM = 16, TILE_KEYS = 128, STRIPS = 8;
+constexpr int MOST_READERS = 64;  // of a table in shared memory
 
 struct IndexTile {
     uint2 keys[2 * STRIPS];  // of a strip: key r, key r + 8; dimensions 4c ... 4c + 3
@@ -19,7 +23,11 @@ struct IndexTile {
 __device__ __forceinline__ void load_tile(IndexTile& tile, const char* keys, long stride, int tokens) {
     int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     const char* p = keys + r * stride + c * 8;
-    if (tokens == TILE_KEYS) {
+    if (tokens == TILE_KEYS && stride == 2 * INDEX_DIM) {
+        // Keys one after the other: all loads by one address.
+#pragma unroll
+        for (int n = 0; n < 2 * STRIPS; n++) tile.keys[n] = load_8(p + n * 16 * INDEX_DIM);
+    } else if (tokens == TILE_KEYS) {
 #pragma unroll
         for (int n = 0; n < 2 * STRIPS; n++, p += 8 * stride) tile.keys[n] = load_8(p);
     } else {
@@ -144,42 +152,68 @@ struct Scoring {
     float scale;
 };
 
-template <typename Q>
+// A tile, and which of all records is the first of its blocks'.
 struct TileOf {
     IndexTile tile;
-    int tokens, heads;
-    Record* records;
+    int tokens, heads, record;
 
-    __device__ __forceinline__ void load(const Scoring& s, int unit) {
-        int b = 0, length = s.lengths[0], tiles = ceil_div(length, TILE_KEYS);
-        while (unit >= tiles * s.num_readers) {
-            unit -= tiles * s.num_readers;
-            length = s.lengths[++b];
-            tiles = ceil_div(length, TILE_KEYS);
+    __device__ __forceinline__ void score(const Scoring& s, u32 launch) const {
+        score_tile(tile, tokens, heads, s.scale, s.records + record, s.capacity, launch);
+    }
+};
+
+// Where tiles begin: of sequence after sequence, of one group of readers after the other. Queries and pointers in it would be spilled.
+struct Cursor {
+    int b, v, tile, length;
+
+    // To the tile so many after the first of all.
+    __device__ __forceinline__ Cursor(const Scoring& s, int tile) : b(0), v(0), tile(tile), length(s.lengths[0]) {}
+
+    // Where the tile lies beyond the readers' keys, to where it is; false: beyond all.
+    __device__ __forceinline__ bool settle(const Scoring& s) {
+        if (b == s.batch) return false;
+        while (tile * TILE_KEYS >= length) {
+            tile -= ceil_div(length, TILE_KEYS);
+            if (++v == s.num_readers) {
+                v = 0;
+                if (++b == s.batch) return false;
+                length = s.lengths[b];
+            }
         }
-        int v = unit / tiles, first = (unit - v * tiles) * TILE_KEYS;
+        return true;
+    }
+
+    __device__ __forceinline__ const char* keys(const Scoring& s, int key_set) const {
+        return s.keys + b * s.stride_b + key_set * s.stride_i + (long)tile * TILE_KEYS * s.stride_s;
+    }
+
+    // Loads this tile, and goes on by so many.
+    template <typename Q>
+    __device__ __forceinline__ bool load(TileOf& to, const Scoring& s, int step) {
+        if (!settle(s)) return false;
         int4 readers = s.readers[v];
-        tokens = min(length - first, TILE_KEYS);
-        heads = readers.z;
-        records = s.records + (long)(b * s.num_heads + readers.y) * s.capacity + first / BLOCK;
-        load_tile(tile, s.keys + b * s.stride_b + readers.x * s.stride_i + first * s.stride_s, s.stride_s, tokens);
-        load_query(tile, static_cast<const Q*>(s.q) + b * s.stride_qb + readers.y * s.stride_qh, s.stride_qh, columns_of(heads), heads);
+        to.tokens = min(length - tile * TILE_KEYS, TILE_KEYS);
+        to.heads = readers.z;
+        to.record = (b * s.num_heads + readers.y) * s.capacity + tile * (TILE_KEYS / BLOCK);
+        load_tile(to.tile, keys(s, readers.x), s.stride_s, to.tokens);
+        load_query(to.tile, static_cast<const Q*>(s.q) + b * s.stride_qb + readers.y * s.stride_qh, s.stride_qh, columns_of(to.heads), to.heads);
+        tile += step;
+        return true;
     }
 };
 
 // This program's share: every programs-th tile, one of them on its way while another is scored.
 template <typename Q>
 __device__ __forceinline__ void score_share(const Scoring& s, int program, int programs, u32 launch) {
-    int units = 0;
-    for (int b = 0; b < s.batch; b++) units += ceil_div(s.lengths[b], TILE_KEYS) * s.num_readers;
-    int unit = program + programs * (threadIdx.x / 32), step = programs * WARPS;
-    TileOf<Q> next;
-    if (unit < units) next.load(s, unit);
+    int step = programs * WARPS;
+    Cursor cursor(s, program + programs * (threadIdx.x / 32));
+    TileOf next;
+    bool loaded = false, more = true;
 #pragma unroll 1
-    while (unit < units) {
-        TileOf<Q> now = next;
-        unit += step;
-        if (unit < units) next.load(s, unit);
-        score_tile(now.tile, now.tokens, now.heads, s.scale, now.records, s.capacity, launch);
+    while (loaded || more) {
+        TileOf now = next;
+        more = more && cursor.load<Q>(next, s, step);
+        if (loaded) now.score(s, launch);
+        loaded = more;
     }
 }

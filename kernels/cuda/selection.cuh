@@ -29,6 +29,13 @@ struct SelectionShared {
 // Into how many parts a head of so many blocks is cut.
 __device__ __forceinline__ int parts_of(int blocks) { return max(1, ceil_div(blocks, PART_BLOCKS)); }
 
+// Into how many the longest head is cut.
+__device__ __forceinline__ int parts_now(const int* lengths, int batch) {
+    int longest = 0;
+    for (int b = 0; b < batch; b++) longest = max(longest, lengths[b]);
+    return parts_of(ceil_div(longest, BLOCK));
+}
+
 // Waits for the records of a program's blocks first ... end - 1; thread t holds blocks first + t, first + t + THREADS, ... Returns the highest
 // maximum of all of them.
 template <int ITEMS>

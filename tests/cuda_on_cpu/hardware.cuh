@@ -74,7 +74,7 @@ struct Program {
     std::vector<char> stacks = std::vector<char>((size_t)FIBERS * STACK_BYTES);
     bool done[FIBERS] = {};
     int now = 0, left = FIBERS;
-    Meeting warps[FIBERS / 32], all;
+    Meeting warps[FIBERS / 32], all, all_but_last;
 };
 
 inline thread_local Program* program_on_cpu;
@@ -103,6 +103,7 @@ inline unsigned meet(Meeting& meeting, int members) {
 }
 
 inline void __syncthreads() { meet(program_on_cpu->all, FIBERS); }
+inline void meet_but_last_warp() { meet(program_on_cpu->all_but_last, FIBERS - 32); }
 inline Meeting& this_warp() { return program_on_cpu->warps[program_on_cpu->now / 32]; }
 inline void __syncwarp() { meet(this_warp(), 32); }
 
@@ -211,6 +212,8 @@ struct Record {
 };
 
 inline std::mutex memory_on_cpu;
+inline int fresh(int x) { return x; }
+inline float reciprocal_fast(float x) { return 1.f / x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline void follow_launch_before() {}
 inline void publish(Record* place, float a, float b, float c, u32 launch) {
@@ -237,12 +240,15 @@ struct alignas(64) TensorMap {
     char rest[128 - 64];
 };
 
-// A barrier: its phase, and how many bytes are missing.
-inline void init_barrier(u64* barrier) { *barrier = 0; }
+// A barrier: its phase in bit 0, arrivals of a phase from bit 1, those that are missing from bit 12, bytes that are missing from bit 32.
+inline void end_phase(u64* barrier) {
+    if (*barrier >> 32 == 0 && (*barrier >> 12 & 1023) == 0) *barrier = (*barrier ^ 1) | (*barrier >> 1 & 1023) << 12;
+}
+inline void init_barrier(u64* barrier, int arrivals) { *barrier = (u64)arrivals << 1 | (u64)arrivals << 12; }
 inline void barriers_made() {}
-inline void expect_bytes(u64* barrier, int bytes) { *barrier += (u64)bytes << 32; }
-inline void await_bytes(u64* barrier, u32 parity) {
-    while ((*barrier & 1) == parity) yield_fiber();
+inline void expect_bytes(u64* barrier, int bytes) { *barrier += ((u64)bytes << 32) - (1 << 12); }
+inline void await_phase(u64* barrier, u32 phase) {
+    while ((*barrier & 1) == (phase & 1)) yield_fiber();
 }
 inline void copy_tile(void* tile, const TensorMap* map, int dimension, int head, int token, int b, u64* barrier) {
     for (int row = 0; row < 16; row++) {
@@ -255,7 +261,7 @@ inline void copy_tile(void* tile, const TensorMap* map, int dimension, int head,
         }
     }
     *barrier -= (u64)(16 * 128) << 32;
-    if (*barrier >> 32 == 0) *barrier ^= 1;
+    end_phase(barrier);
 }
 
 inline u32 bf16_bits(float x) {
