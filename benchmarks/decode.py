@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rtpurbo.kernels.bench import READ_BANDWIDTH_GB_S, Timing, rotations, time_graph, versions, write_csv
+from rtpurbo.kernels.bench import READ_BANDWIDTH_GB_S, Timing, rotations, versions, write_csv
+from rtpurbo.kernels.bench import time_graph as time_steps
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.decode_layer import decode_layer, plan_decode_layer
 from rtpurbo.kernels.decode_layer.cuda import STAMPS, plan_cuda
@@ -26,12 +27,18 @@ from rtpurbo.kernels.testing import peaked_index
 K32, K128, M1 = 1 << 15, 1 << 17, 1 << 20
 WINDOW, SINKS, D, R, BLOCK = 8192, 4, 128, 16, 64
 SCALE = D**-0.5
+LAYERS = 48
 # Retrieval heads of the layer (32 query heads, 4 KV groups of 8), the index-key set and the KV head of each.
 LAYOUTS = {
     "A": {"heads": (0, 1, 2, 3, 4), "key_set": (0, 1, 2, 3, 4), "kv": (0, 0, 0, 0, 0), "counts": (5,)},
     "B": {"heads": (0, 1, 8, 16, 24), "key_set": (0, 0, 1, 2, 3), "kv": (0, 0, 1, 2, 3), "counts": (2, 1, 1, 1)},
     "C": {"heads": tuple(range(8)), "key_set": (0,) * 8, "kv": (0,) * 8, "counts": (8,)},
 }
+
+
+def time_graph(steps: list[Callable[[], object]]) -> Timing:
+    """A step's time in a graph of as many as a model has layers."""
+    return time_steps(steps, at_least=LAYERS)
 
 
 def lengths_of(batch: int, tokens: int) -> torch.Tensor:

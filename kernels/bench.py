@@ -28,8 +28,12 @@ def rotations(step_bytes: int, *, at_least: int = 2, at_most: int = 128, total_b
     return max(at_least, min(at_most, -(-total_bytes // max(1, step_bytes))))
 
 
-def time_graph(steps: Sequence[Callable[[], object]], *, replays: int = 30) -> Timing:
-    """Capture all steps, one after the other, in one CUDA graph; time its replays; divide by the number of steps."""
+def time_graph(steps: Sequence[Callable[[], object]], *, replays: int = 30, at_least: int = 1) -> Timing:
+    """Capture all steps, one after the other, in one CUDA graph; time its replays; divide by the number of steps.
+
+    at_least: so many steps a graph, by several rounds of them. The graph's own launch takes some microseconds.
+    """
+    steps = [step for _ in range(-(-at_least // len(steps))) for step in steps]
     for step in (steps[0], steps[0], steps[-1]):
         step()
     torch.cuda.synchronize()

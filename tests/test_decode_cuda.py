@@ -140,9 +140,10 @@ def test_layers_that_do_not_suit_are_named(change, message):
 
 
 def test_it_is_chosen_only_where_it_was_measured_faster():
-    assert is_faster((9, 0), 1, 1 << 17)
-    assert not is_faster((9, 0), 1, 1 << 15)
-    assert not is_faster((9, 0), 1, 1 << 20)
+    assert is_faster((9, 0), 1, 1 << 15)
+    assert is_faster((9, 0), 1, (1 << 20) + 256)
+    assert not is_faster((9, 0), 1, 1 << 14)
+    assert not is_faster((9, 0), 1, 1 << 21)
     assert not is_faster((9, 0), 8, 1 << 17)
     assert not is_faster((12, 0), 1, 1 << 17)
 

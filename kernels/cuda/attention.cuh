@@ -155,21 +155,23 @@ __device__ __forceinline__ void weigh_warps(MergeShared& shared, int warps) {
     float weight = exp2_fast(mine - safe), sum = w < warps ? weight * shared.sum[head][w] : 0.f;
     sum = added_across<8>(added_across<4>(added_across<2>(added_across<1>(sum))));
     // Warps may have found no key.
-    shared.weight[head][w] = sum > 0.f ? weight / sum : 0.f;
+    shared.weight[head][w] = sum > 0.f ? weight * reciprocal_fast(sum) : 0.f;
     if (w == 0) shared.log_sum[head] = sum > 0.f ? best + __log2f(sum) : -infinity();
 }
 
-// Two dimensions of a head, normalised.
-__device__ __forceinline__ float2 merge_warps(const MergeShared& shared, int head, int pair, int warps) {
-    float a = 0.f, b = 0.f;
+// Four dimensions of a head, from a pair with an even number on, normalised.
+__device__ __forceinline__ void merge_warps(const MergeShared& shared, int head, int pair, int warps, float2 (&y)[2]) {
+    y[0] = y[1] = make_float2(0.f, 0.f);
 #pragma unroll 4
     for (int w = 0; w < warps; w++) {
         float weight = shared.weight[head][w];
-        float2 x = *reinterpret_cast<const float2*>(&shared.out[w][place_in_merge(head, 2 * pair)]);
-        a += weight * x.x;
-        b += weight * x.y;
+        const float2* x = reinterpret_cast<const float2*>(&shared.out[w][place_in_merge(head, 2 * pair)]);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            y[n].x += weight * x[n].x;
+            y[n].y += weight * x[n].y;
+        }
     }
-    return make_float2(a, b);
 }
 
 // Merges `parts` published results of one head, `stride` records apart, by all threads of the program: eight lanes share a pair of dimensions.
@@ -207,7 +209,7 @@ __device__ __forceinline__ bool merge_parts(const Record* parts, long stride, in
         b = b * decay + weight * __shfl_xor_sync(FULL, b, x);
         best = larger;
     }
-    float scale = sum > 0.f ? 1.f / sum : 0.f;
+    float scale = sum > 0.f ? reciprocal_fast(sum) : 0.f;
     a *= scale;
     b *= scale;
     return first == 0 && pair < PAIRS;

@@ -3,7 +3,8 @@
 // 1. Every warp scores tiles of index keys and publishes its blocks' records (scoring.cuh).
 // 2. The first programs select, a head of a sequence or a part of one each, as soon as its records are there (selection.cuh); the others
 //    attend meanwhile for the local heads: each KV group of a sequence is divided between some of them.
-// 3. All programs attend to equal shares of the selected blocks, as soon as the lists are there.
+// 3. All programs attend to equal shares of the selected blocks, as soon as the lists are there. The last warp looks for them while the others
+//    still attend for the local heads.
 // 4. Parts of a head are merged by one program, as soon as they are there.
 //
 // What is told from program to program are records with the launch's number (device.cuh): nothing has to be cleared between launches.
@@ -17,15 +18,18 @@
 #ifndef SHARED_BYTES
 #define SHARED_BYTES 232448
 #endif
+// Steps of the local heads on their way at a time: more than bandwidth times latency would only make the programs wait that tell each other
+// something. When lists are there, nobody waits any more.
 #ifndef IN_FLIGHT
-#define IN_FLIGHT 8
+#define IN_FLIGHT 6
 #endif
 #ifndef LEAST_STEPS
 #define LEAST_STEPS 4
 #endif
 
-// Heads of all sequences; steps of a span whose places are known at a time.
-constexpr int MOST_ROWS = 64, BATCH_STEPS = THREADS, STEPS_A_BLOCK = BLOCK / STEP;
+// Heads of all sequences. All warps but the last attend; that one looks for what they attend to.
+constexpr int MOST_ROWS = 64, STEPS_A_BLOCK = BLOCK / STEP, READING = WARPS - 1;
+static_assert(IN_FLIGHT <= READING, "each goes to a slot of its own");
 
 // What a program attends to at a time: some steps of a list of blocks, or of a window, with heads first_head ... heads - 1 of a KV group (or
 // one retrieval head alone).
@@ -58,15 +62,16 @@ struct Layer {
 };
 
 struct Shared {
-    Slot slots[WARPS];
+    Slot slots[READING];      // of a warp each
     union {
         SelectionShared selection;
         MergeShared merge;
     };
-    u64 full[WARPS];
+    u64 filled[READING], known[2], done[2];  // barriers: of slots; of spans, which the last warp knows and the others are done with
     int4 readers[MOST_READERS];
-    int begins[BATCH_STEPS];  // of the steps of a span: its first key's row times 32, and how many keys
-    Span spans[2];            // this turn's and the next one's
+    // Spans in turn, and where their first steps lie.
+    Span spans[2];
+    int placed[2][32];
     // Of the lists: steps, how many chunks end with each of them, steps of a chunk.
     int list_steps[MOST_ROWS], ends[MOST_ROWS], chunk;
 };
@@ -133,7 +138,7 @@ __device__ __forceinline__ void divide_lists(Shared& shared, const Layer& layer,
         total += steps;
     }
     total = warp_sum(total);
-    int chunk = max(ceil_div(total, max(programs - rows, programs / 2)), LEAST_STEPS);
+    int chunk = max((int)((float)(total - 1) * reciprocal_fast(max(programs - rows, programs / 2))) + 1, LEAST_STEPS);
 #pragma unroll 1
     for (int from = 0; from < rows; from += 32) {
         int places = from + lane < rows ? quotient(shared.list_steps[from + lane] + chunk - 1, chunk) : 0;
@@ -190,74 +195,73 @@ __device__ __forceinline__ int place_of(const Span& span, int step, u32 launch) 
     return begin << 5 | max(0, min(STEP, end - begin));
 }
 
-// By one thread: sends for the keys and values of step n, which go to the slot of warp n mod WARPS.
-__device__ __forceinline__ void send_for(Shared& shared, const Span& span, int n) {
-    int slot = n % WARPS, token = shared.begins[n] >> 5;
-    expect_bytes(&shared.full[slot], 2 * TILES * TILE_BYTES);
+// By one thread: sends for the keys and values of a step that lies at `place`.
+__device__ __forceinline__ void send_for(Shared& shared, const Span& span, int slot, int place) {
+    expect_bytes(&shared.filled[slot], 2 * TILES * TILE_BYTES);
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-        copy_tile(shared.slots[slot].keys[t], span.k, 64 * t, span.kv_head, token, span.b, &shared.full[slot]);
-        copy_tile(shared.slots[slot].values[t], span.v, 64 * t, span.kv_head, token, span.b, &shared.full[slot]);
+        copy_tile(shared.slots[slot].keys[t], span.k, 64 * t, span.kv_head, place >> 5, span.b, &shared.filled[slot]);
+        copy_tile(shared.slots[slot].values[t], span.v, 64 * t, span.kv_head, place >> 5, span.b, &shared.filled[slot]);
     }
 }
 
-// Steps on their way at a time. More than bandwidth times latency would only make the programs wait that tell each other something; when lists
-// are there, nobody waits any more.
-__device__ __forceinline__ int in_flight(const Span& span) { return span.list ? WARPS : IN_FLIGHT; }
+// What a warp that reads remembers from span to span.
+struct Reader {
+    u32 filled;  // how often its slot was
+    bool sent;   // it sent for its first step of the next span
+};
 
-// By one warp, whose lane n knows where step n of the span lies: sends for the first steps, one to a slot.
-__device__ __forceinline__ void begin_span(Shared& shared, const Span& span, int place) {
-    int lane = fresh(threadIdx.x) % 32, steps = min(span.end - span.first, WARPS), ahead = in_flight(span);
-    shared.begins[lane] = place;
-    __syncwarp();
-    if (lane < min(steps, ahead)) send_for(shared, span, lane);
-}
-
-// Attends to a span that one warp began, by all warps of a program. filled: whether this warp's slot was filled an odd number of times.
-__device__ __forceinline__ void attend_span(Shared& shared, const Layer& layer, const Span& span, u32& filled, u32 launch) {
-    int thread = fresh(threadIdx.x), warp = thread / 32, lane = thread % 32;
+// Attends to a span by all warps but the last, and stores or publishes what they found. Step n is warp n mod READING's.
+__device__ __forceinline__ void attend_span(Shared& shared, const Layer& layer, int turn, Reader& reader, u32 launch) {
+    const Span& span = shared.spans[turn % 2];
+    const int* placed = shared.placed[turn % 2];
+    int thread = fresh(threadIdx.x), warp = thread / 32, lane = thread % 32, steps = span.end - span.first;
+    // For the first steps of local heads the last warp sent, while this one still scored.
+    if (span.list && !reader.sent && lane == 0 && warp < steps) send_for(shared, span, warp, placed[warp]);
     Query query;
     query.load(span.q, layer.stride_qh, span.first_head, span.heads);
     Partial partial;
     partial.clear();
-    // The first steps are on their way.
-    int sent = in_flight(span);
+    int place = 0;
 #pragma unroll 1
-    for (int from = span.first; from < span.end; from += BATCH_STEPS) {
-        int steps = min(BATCH_STEPS, span.end - from), begun = from == span.first ? 32 : 0;
-        if (steps > begun) {
-            for (int n = begun + (int)threadIdx.x; n < steps; n += THREADS) shared.begins[n] = place_of(span, from + n, launch);
-            __syncthreads();
+    for (int n = warp, round = 0; n < steps; n += READING, round++) {
+        // Lane n: where the n-th of this warp's next 32 steps lies. The last warp told the first two of all.
+        if (round % 32 == 0) {
+            int step = n + lane * READING;
+            place = round == 0 && step < 2 * READING ? placed[min(step, 31)] : step < steps ? place_of(span, span.first + step, launch) : 0;
         }
-        if (!begun) {
-            sent = WARPS;
-            if (lane == 0 && warp < steps) send_for(shared, span, warp);
-        }
-#pragma unroll 1
-        for (int n = warp; n < steps; n += WARPS) {
-            await_phase(&shared.full[warp], filled);
-            filled ^= 1;
-            if (n < WARPS - sent && n + sent < steps && lane == 0) send_for(shared, span, n + sent);
-            attend_step(partial, query, shared.slots[warp], shared.begins[n] & 31, layer.scale_log2);
-            __syncwarp();
-            if (n + WARPS < steps && lane == 0) send_for(shared, span, n + WARPS);
-        }
-        if (from + BATCH_STEPS < span.end) __syncthreads();
+        await_phase(&shared.filled[warp], reader.filled++);
+        if (!span.list && round == 0 && n + IN_FLIGHT < min(steps, READING) && lane == 0) send_for(shared, span, n + IN_FLIGHT, placed[n + IN_FLIGHT]);
+        int keys = __shfl_sync(FULL, place, round % 32) & 31;
+        attend_step(partial, query, shared.slots[warp], keys, layer.scale_log2);
+        __syncwarp();
+        if (n + READING >= steps) break;
+        int next = round % 32 < 31 ? __shfl_sync(FULL, place, round % 32 + 1) : place_of(span, span.first + n + READING, launch);
+        if (lane == 0) send_for(shared, span, warp, next);
     }
+    // Others may still merge what they found in the span before.
+    if (turn > 0) meet_but_last_warp();
     store_partial(shared.merge, partial, span.heads);
-}
-
-// Merges what the warps found in a span, and stores or publishes it. By all warps but the last, which begins the next span meanwhile.
-__device__ __forceinline__ void finish_span(Shared& shared, const Layer& layer, const Span& span, u32 launch) {
-    const int warps = min(WARPS, span.end - span.first);
-    weigh_warps(shared.merge, warps);
     meet_but_last_warp();
+    weigh_warps(shared.merge, min(READING, steps));
+    // This warp's slot was read, and what comes next may be known by now.
+    reader.sent = has_ended(&shared.known[(turn + 1) % 2], (turn + 1) / 2);
+    if (reader.sent) {
+        const Span& next = shared.spans[(turn + 1) % 2];
+        if (lane == 0 && warp < next.end - next.first) send_for(shared, next, warp, shared.placed[(turn + 1) % 2][warp]);
+    }
+    meet_but_last_warp();
+    // Four dimensions a thread, so that all heads of a group are one round.
 #pragma unroll 1
-    for (int x = fresh(threadIdx.x) + span.first_head * PAIRS; x < span.heads * PAIRS; x += THREADS - 32) {
-        int head = x / PAIRS, pair = x % PAIRS;
-        float2 y = merge_warps(shared.merge, head, pair, warps);
-        if (span.out) store_pair(span.out + head * layer.stride_oh + 2 * pair, y.x, y.y);
-        else publish(span.parts + x, y.x, y.y, shared.merge.log_sum[head], launch);
+    for (int x = fresh(threadIdx.x) + span.first_head * PAIRS / 2; x < span.heads * PAIRS / 2; x += 32 * READING) {
+        int head = x / (PAIRS / 2), pair = x % (PAIRS / 2) * 2;
+        float2 y[2];
+        merge_warps(shared.merge, head, pair, min(READING, steps), y);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            if (span.out) store_pair(span.out + head * layer.stride_oh + 2 * (pair + n), y[n].x, y[n].y);
+            else publish(span.parts + 2 * x + n, y[n].x, y[n].y, shared.merge.log_sum[head], launch);
+        }
     }
 }
 
@@ -289,30 +293,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
 ) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int program = blockIdx.x, programs = gridDim.x, warp = threadIdx.x / 32, rows = batch * num_heads;
+    const int program = blockIdx.x, programs = gridDim.x, rows = batch * num_heads;
     const Layer layer = {q,          out,          lengths,  row_head, listed, counted,  parts,     local_parts, rows,      num_heads,
                          group_size, num_retained, capacity, window,   sinks,  num_jobs, stride_qb, stride_qh,   stride_ob, stride_oh, scale_log2};
     // What does not depend on the launch before is read while that one ends: the plan's tables, and all parameters, whose cache is cold.
-    if (warp == WARPS - 1) {
+    if (threadIdx.x / 32 == WARPS - 1) {
         int lane = threadIdx.x % 32;
-        if (lane < WARPS) init_barrier(&shared.full[lane], 1);
+        if (lane < READING) init_barrier(&shared.filled[lane], 1);
+        if (lane < 2) init_barrier(&shared.known[lane], 1), init_barrier(&shared.done[lane], READING);
         barriers_made();
         __syncwarp();
     }
     for (int v = threadIdx.x; v < min(num_readers, MOST_READERS); v += THREADS) shared.readers[v] = readers[v];
-    int tables = shares[program].b ^ row_head[min((int)threadIdx.x, num_heads - 1)] ^ local_heads[min(max(program - rows, 0), plan_rows / num_heads * num_query_heads - 1)];
+    const int tables =
+        shares[program].b ^ row_head[min((int)threadIdx.x, num_heads - 1)] ^ local_heads[min(max(program - rows, 0), num_query_heads - 1)];
     const u32 touched = tables ^ low_bits(q) ^ low_bits(lengths) ^ low_bits(listed) ^ low_bits(layer.local_parts) ^ low_bits(index_k) ^
                         low_bits(tops) ^ low_bits(stamps) ^ (u32)(rows ^ capacity ^ stride_qb ^ stride_ob ^ stride_iqb ^ stride_iki);
     if (touched == 0x9e3779b9) shared.chunk = 0;  // never read before it is written: it keeps the reads
     __syncthreads();
-    const Scoring scoring = {index_k, stride_ikb, stride_iks, stride_iki, index_q, stride_iqb, stride_iqh,
-                       num_readers <= MOST_READERS ? shared.readers : readers, lengths, scores, batch, num_readers, num_heads, capacity, index_scale};
     follow_launch_before();
     stamp(stamps, 0);
     const u32 launch = number_of_launch(launches + program);
-    u32 filled = 0;
     const int now_parts = min(most_parts, parts_now(lengths, batch)), selectors = plan_rows * now_parts;
-    score_share<INDEX_QUERY>(scoring, program, programs, launch);
+    score_share<INDEX_QUERY>(
+        {index_k, stride_ikb, stride_iks, stride_iki, index_q, stride_iqb, stride_iqh, num_readers <= MOST_READERS ? shared.readers : readers,
+         lengths, scores, batch, num_readers, num_heads, capacity, index_scale},
+        program, programs, launch
+    );
     stamp(stamps, 1);
 
     if (program < selectors) {
@@ -331,46 +338,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         stamp(stamps, 7);
     }
 
-    // In turns: the local heads, where the program has any, then chunks of the lists. The last warp, which has the fewest tiles of index keys,
-    // looks for the next span while the others still score or attend, and begins it while they finish the one before.
-    bool attended = false;
-    int place = 0, first_list = 0;
-    auto find_span = [&](int turn) {
-        const int programs = fresh(gridDim.x), program = fresh(blockIdx.x);
-        Span& span = shared.spans[turn % 2];
-        bool local = false;
-        if (turn == 0) {
-            LocalShare share = shares[(now_parts - 1) * programs + program];
-            local = share.b < batch;
-            first_list = local ? 1 : 0;
-            if (local) span = local_span(layer, share, &maps.k);
-        }
-        if (!local) {
-            if (turn == first_list) divide_lists(shared, layer, programs, launch);
-            // Programs that select have the least left of their time: they take the last places.
-            int item = programs - 1 - program + (turn - first_list) * programs;
-            if (item < shared.ends[rows - 1]) span = list_span(shared, layer, item, &maps.k);
-            else span.first = span.end = -1;
-        }
-        __syncwarp();
-        int step = span.first + fresh(threadIdx.x) % 32;
-        if (step < span.end) place = place_of(span, step, launch);
-    };
+    // Spans in turn: the local heads, where the program has any, then chunks of the lists. The last warp, which has the fewest tiles of index keys,
+    // is one ahead of the others; a span that begins at -1 ends them.
+    if (fresh(threadIdx.x) / 32 == WARPS - 1) {
+        int first_list = 0;
 #pragma unroll 1
-    for (int turn = -1;; turn++) {
-        if (turn >= 0) {
-            const Span& span = shared.spans[turn % 2];
+        for (int turn = 0;; turn++) {
+            Span& span = shared.spans[turn % 2];
+            if (turn > 1) await_phase(&shared.done[turn % 2], turn / 2 - 1);
+            bool local = false;
+            if (turn == 0) {
+                LocalShare share = shares[(now_parts - 1) * programs + program];
+                local = share.b < batch;
+                first_list = local ? 1 : 0;
+                if (local) span = local_span(layer, share, &maps.k);
+            }
+            if (!local) {
+                if (turn == first_list) divide_lists(shared, layer, programs, launch);
+                // Programs that select have the least left of their time: they take the last places.
+                int item = programs - 1 - program + (turn - first_list) * programs;
+                if (item < shared.ends[rows - 1]) span = list_span(shared, layer, item, &maps.k);
+                else span.first = span.end = -1;
+            }
+            __syncwarp();
+            const int lane = fresh(threadIdx.x) % 32, steps = span.end - span.first;
+            int place = lane < steps ? place_of(span, span.first + lane, launch) : 0;
+            shared.placed[turn % 2][lane] = place;
+            if (local && lane < min(steps, IN_FLIGHT)) send_for(shared, span, lane, place);
+            __syncwarp();
+            if (lane == 0) arrive(&shared.known[turn % 2]);
             if (span.first < 0) break;
-            attended = span.first < span.end;
-            if (attended) attend_span(shared, layer, span, filled, launch);
         }
-        if (warp == WARPS - 1) find_span(turn + 1);
-        if (turn >= 0) __syncthreads();
-        if (warp == WARPS - 1) begin_span(shared, shared.spans[(turn + 1) % 2], place);
-        else if (attended) finish_span(shared, layer, shared.spans[turn % 2], launch);
-        if (turn == 0) stamp(stamps, 8);
-        __syncthreads();
-        if (turn <= 0 && shared.spans[(turn + 1) % 2].list) stamp(stamps, 9);
+    } else {
+        Reader reader = {0, false};
+#pragma unroll 1
+        for (int turn = 0;; turn++) {
+            await_phase(&shared.known[turn % 2], turn / 2);
+            if (shared.spans[turn % 2].first < 0) break;
+            if (turn < 2 && shared.spans[turn % 2].list) stamp(stamps, 9);
+            if (shared.spans[turn % 2].first < shared.spans[turn % 2].end) attend_span(shared, layer, turn, reader, launch);
+            if (!shared.spans[turn % 2].list) stamp(stamps, 8);
+            __syncwarp();
+            if (fresh(threadIdx.x) % 32 == 0) arrive(&shared.done[turn % 2]);
+        }
     }
     stamp(stamps, 10);
 
@@ -384,16 +394,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         if (task < rows) {
             int first_place = task ? shared.ends[task - 1] : 0;
             count_parts = shared.ends[task] - first_place;
-            b = task / num_heads;
+            b = quotient(task, num_heads);
             head = row_head[task - b * num_heads];
             from = layer.parts + (long)first_place * PAIRS;
             stride = PAIRS;
         } else {
             int other = task - rows, job = local_heads[other];
             if (job < 0) continue;
-            b = other / num_query_heads;
+            b = quotient(other, num_query_heads);
             head = other - b * num_query_heads;
-            int group = head / group_size;
+            int group = quotient(head, group_size);
             count_parts = places_of(part_places[now_parts - 1], local_steps(layer, lengths[b], group >= num_retained));
             from = layer.local_parts + ((long)job * group_size + head - group * group_size) * PAIRS;
             stride = (long)num_jobs * group_size * PAIRS;

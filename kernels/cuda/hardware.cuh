@@ -86,6 +86,8 @@ __device__ __forceinline__ void init_barrier(u64* barrier, int arrivals) {
 // After the barriers were made, before copies that complete them.
 __device__ __forceinline__ void barriers_made() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
+__device__ __forceinline__ void arrive(u64* barrier) { asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory"); }
+
 // Comes, and announces bytes.
 __device__ __forceinline__ void expect_bytes(u64* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
@@ -98,6 +100,17 @@ __device__ __forceinline__ void await_phase(u64* barrier, u32 phase) {
         "r"(phase & 1)
         : "memory"
     );
+}
+
+// Whether it has ended, as one lane of the warp saw it.
+__device__ __forceinline__ bool has_ended(u64* barrier, u32 phase) {
+    u32 ended;
+    asm volatile(
+        "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\nselp.b32 %0, 1, 0, done;\n}" : "=r"(ended)
+        : "r"(shared_address(barrier)), "r"(phase & 1)
+        : "memory"
+    );
+    return __shfl_sync(0xffffffff, ended, 0);
 }
 
 // One tile on its way: [1, 16, 1, 64] of [B, S, K, D], rows of 128 bytes whose chunks of 16 bytes are permuted (chunk x of row y at x ^ y % 8).

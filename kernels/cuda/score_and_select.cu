@@ -18,16 +18,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_and_select(
     long stride_ikb, long stride_iks, long stride_iki
 ) {
     __shared__ SelectionShared shared;
-    __shared__ int4 kept_readers[MOST_READERS];
     const int program = blockIdx.x, programs = gridDim.x;
-    // The plan's table is read while the launch before ends.
-    for (int v = threadIdx.x; v < min(num_readers, MOST_READERS); v += THREADS) kept_readers[v] = readers[v];
-    __syncthreads();
     follow_launch_before();
     const u32 launch = number_of_launch(launches + program);
     score_share<INDEX_QUERY>(
-        {index_k, stride_ikb, stride_iks, stride_iki, index_q, stride_iqb, stride_iqh, num_readers <= MOST_READERS ? kept_readers : readers,
-         lengths, scores, batch, num_readers, num_heads, capacity, index_scale},
+        {index_k, stride_ikb, stride_iks, stride_iki, index_q, stride_iqb, stride_iqh, readers, lengths, scores, batch, num_readers,
+         num_heads, capacity, index_scale},
         program, programs, launch
     );
     select_share(

@@ -135,7 +135,7 @@ __device__ __forceinline__ void select_part(
     SelectionShared& shared, const Record* records, int blocks, int part, int parts, Record* tops, Record* histograms, int sink_blocks,
     double top_p, u32 launch, Announce announce, Emit emit
 ) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, size = ceil_div(blocks, parts), first = part * size, end = min(blocks, first + size);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, size = quotient(blocks + parts - 1, parts), first = part * size, end = min(blocks, first + size);
     for (int n = threadIdx.x; n < 3 * (BINS + 1); n += THREADS) shared.histogram[n] = 0;
     float best[ITEMS], sum[ITEMS];
     float top = await_scores<ITEMS>(shared, records, first, end, launch, best, sum);
@@ -221,7 +221,8 @@ __device__ __forceinline__ void select_share(
 ) {
 #pragma unroll 1
     for (int job = program; job < rows * most_parts; job += programs) {
-        int row = job / most_parts, part = job % most_parts, blocks = ceil_div(lengths[row / num_heads], BLOCK), parts = min(most_parts, parts_of(blocks));
+        int row = quotient(job, most_parts), part = job - row * most_parts;
+        int blocks = ceil_div(lengths[quotient(row, num_heads)], BLOCK), parts = min(most_parts, parts_of(blocks));
         const Record* scores = records + (long)row * capacity;
         auto tell = [&](int count) { announce(row, count); };
         auto write = [&](int place, int block) { emit(row, place, block); };

@@ -246,6 +246,11 @@ inline void end_phase(u64* barrier) {
 }
 inline void init_barrier(u64* barrier, int arrivals) { *barrier = (u64)arrivals << 1 | (u64)arrivals << 12; }
 inline void barriers_made() {}
+inline void arrive(u64* barrier) {
+    *barrier -= 1 << 12;
+    end_phase(barrier);
+}
+inline bool has_ended(u64* barrier, u32 phase) { return __shfl_sync(0, (*barrier & 1) != (phase & 1), 0); }
 inline void expect_bytes(u64* barrier, int bytes) { *barrier += ((u64)bytes << 32) - (1 << 12); }
 inline void await_phase(u64* barrier, u32 phase) {
     while ((*barrier & 1) == (phase & 1)) yield_fiber();
