@@ -177,7 +177,7 @@ def plan_decode_layer(
         "capacity": capacity, "head_dim": head_dim, "block_size": block_size,
     }  # fmt: skip
     if cuda is None:
-        cuda = device.type == "cuda" and is_faster(torch.cuda.get_device_capability(device), batch, capacity)
+        cuda = device.type == "cuda" and not read_once and is_faster(torch.cuda.get_device_capability(device), batch, capacity)
     suits_cuda = cuda and fits(device, head_dim) and static_obstacle(**layer, programs=num_processors_of(device)) is None
     retained, local = range(len(counts)), range(len(counts), num_groups)
     start_K = [g * group_size for g in range(num_groups + 1)]
