@@ -6,7 +6,7 @@ Run from the repository root: `python benchmarks/decode.py --out benchmarks/deco
 # B batch  S cached tokens  H query heads  I index-key sets  K kv heads  D head dim  R index dim  W ring slots
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ LAYOUTS = {
 }
 
 
-def time_graph(steps: list[Callable[[], object]]) -> Timing:
+def time_graph(steps: Sequence[Callable[[], object]]) -> Timing:
     """A step's time in a graph of as many as a model has layers."""
     return time_steps(steps, at_least=LAYERS)
 
