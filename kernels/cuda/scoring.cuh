@@ -5,9 +5,6 @@
 #pragma once
 #include "device.cuh"
 
-#ifndef PING_PONG
-#define PING_PONG 1
-#endif
 #ifndef INDEX_QUERY
 #define INDEX_QUERY float
 #endif
