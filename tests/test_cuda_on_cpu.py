@@ -1,6 +1,8 @@
 """The kernels in CUDA C++ on the CPU, by the compiler's own instructions instead of the GPU's, against the eager definition in fp64."""
 
 # B batch  S cached tokens  H query heads  K kv heads  D head dim  I index-key sets  R index dim  N blocks
+from dataclasses import replace
+
 import pytest
 import torch
 from cpu_launch import COMPILER, on_cpu_plan, run_on_cpu
@@ -16,8 +18,8 @@ from rtpurbo.kernels.testing import error_bound, peaked_index, relative_error
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
 
-def decode(request, *, programs, launches=2, plan_batch=None):
-    """Some launches with one plan; outputs poisoned, lists and counts of the last."""
+def decode(request, *, programs, launches=2, plan_batch=None, **macros):
+    """Some launches with one plan; outputs poisoned, lists and counts of the last. macros: of tests/cuda_on_cpu."""
     facts = {name: value for name, value in request["plan"].items() if name not in ("window", "sinks", "dense")}
     facts["batch"] = plan_batch or facts["batch"]
     plan = on_cpu_plan(plan_cuda(**facts, device=torch.device("cpu"), programs=programs))
@@ -29,14 +31,15 @@ def decode(request, *, programs, launches=2, plan_batch=None):
             **{name: request[name] for name in TENSORS}, lengths_B=torch.tensor(request["lengths"], dtype=torch.int32),
             scale=request["scale"], index_scale=1.0, top_p=request["top_p"], out_BHD=torch.full_like(request["q_BHD"], float("nan")),
         )  # fmt: skip
-        run_on_cpu(describe(plan, step, request["plan"]["window"], request["plan"]["sinks"], ids, count))
+        launch = describe(plan, step, request["plan"]["window"], request["plan"]["sinks"], ids, count)
+        run_on_cpu(replace(launch, constants={**launch.constants, **macros}))
         outs.append((step.out_BHD, ids, count))
     assert all(torch.equal(mine, first) for mine, first in zip(outs[-1], outs[0], strict=True))
     return outs[-1]
 
 
-def check(request, *, programs=16, plan_batch=None):
-    out, ids, count = decode(request, programs=programs, plan_batch=plan_batch)
+def check(request, *, programs=16, plan_batch=None, **macros):
+    out, ids, count = decode(request, programs=programs, plan_batch=plan_batch, **macros)
     lengths = request["lengths"]
     active, idle = [b for b, length in enumerate(lengths) if length > 0], [b for b, length in enumerate(lengths) if length == 0]
     eager, _ = run_layer(with_precision(request, request["q_BHD"].dtype))["results"][0]
@@ -87,6 +90,12 @@ def test_one_program_attends_to_a_window_of_more_steps_than_a_warp_places_at_onc
     request = layer_request(**layer, lengths=[64 * 125 + 5], capacity=64 * 126, window=7990, dim=64, dtype=torch.bfloat16)
     request["ring_k_BWKD"][:, 16 * 495 :] = request["q_BHD"][:, 2:].mean(dim=1)[:, None, None]
     check(request, programs=3)
+
+
+def test_a_warp_that_begins_last_in_a_program_that_only_merges_knows_its_launch():
+    """Program 5 neither selects nor attends, and merges the two parts of a local head."""
+    layer = {"group_size": 4, "num_groups": 2, "counts": (1,), "key_sets": (0,)}
+    check(layer_request(**layer, lengths=[1100], window=400, dim=64, dtype=torch.bfloat16), programs=12, LATE_PROGRAM=5)
 
 
 @pytest.mark.parametrize(("lengths", "plan_batch"), [([300, 0, 1100], 3), ([700], 3)], ids=["three of three", "one of three"])

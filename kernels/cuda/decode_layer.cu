@@ -100,7 +100,7 @@ __device__ __forceinline__ int local_steps(const Layer& layer, int length, bool 
 
 __device__ __forceinline__ int places_of(int most_places, int steps) { return min(most_places, ceil_div(steps, WARPS)); }
 
-// Where place n of equal ones begins; all programs find the same.
+// Where place n of equal ones begins; all programs find the same. No place is empty, up to one for each 16 steps: who merges waits for all.
 __device__ __forceinline__ int part_of(int steps, int n, int places) {
     return n == places ? steps : min(steps, (int)((float)steps * n * reciprocal_fast(places)));
 }
@@ -129,7 +129,7 @@ __device__ __forceinline__ Span local_span(const Layer& layer, const LocalShare&
     return span;
 }
 
-// By one warp: waits for the lists and cuts them into equal chunks of steps.
+// By one warp: waits for the lists and cuts them into equal chunks of steps, at most programs + rows in all, none of them empty.
 __device__ __forceinline__ void divide_lists(Shared& shared, const Layer& layer, int programs, u32 launch) {
     int lane = threadIdx.x % 32, rows = layer.rows, total = 0, end = 0;
     for (int row = lane; row < rows; row += 32) {
@@ -138,7 +138,7 @@ __device__ __forceinline__ void divide_lists(Shared& shared, const Layer& layer,
         total += steps;
     }
     total = warp_sum(total);
-    int chunk = max((int)((float)(total - 1) * reciprocal_fast(max(programs - rows, programs / 2))) + 1, LEAST_STEPS);
+    int chunk = max((int)((float)(total - 1) * reciprocal_fast(max(max(programs - rows, programs / 2), 1))) + 1, LEAST_STEPS);
 #pragma unroll 1
     for (int from = 0; from < rows; from += 32) {
         int places = from + lane < rows ? quotient(shared.list_steps[from + lane] + chunk - 1, chunk) : 0;
@@ -415,5 +415,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         if (merge_parts(from, stride, count_parts, launch, pair, x, y)) store_pair(out + b * stride_ob + head * stride_oh + 2 * pair, x, y);
     }
     stamp(stamps, 11);
+    // All have read the number of the launch before.
+    __syncthreads();
     if (threadIdx.x == 0) launches[program] = launch;
 }
