@@ -1,7 +1,8 @@
-// Attention of one query token over sixteen keys by a warp, and the merging of what warps and programs found.
+// Attention of one query token over steps of sixteen keys by warps of two kinds, and the merging of what programs found.
 //
-// Scores are K (16 keys) times Q^T (8 heads), outputs V^T (16 dimensions a product) times P^T: with keys and dimensions as rows nothing of a
-// product is wasted on a group of eight heads, and each lane loads its fragments straight from the cache, 16 bytes at a time.
+// One kind weighs: it takes a step's keys and leaves the weights of all heads. The other kind has sixteen dimensions each, and adds up the
+// values of all steps: nothing has to be summed between warps. Scores are K (16 keys) times Q^T (8 heads), outputs V^T (16 dimensions) times
+// P^T: with keys and dimensions as rows nothing of a product is wasted on a group of eight heads.
 #pragma once
 #include "device.cuh"
 
@@ -13,51 +14,23 @@
 #endif
 
 constexpr int COLUMNS = 8, STEP = 16;              // heads of a product, keys of a step
-constexpr int SLICES = HEAD_DIM / 16;              // products of 16 dimensions
+constexpr int SLICES = HEAD_DIM / 16;              // of 16 dimensions
 constexpr int K_CHUNKS = HEAD_DIM / 32;            // of eight dimensions in a lane's fragment of a key
 constexpr int TILES = HEAD_DIM / 64;               // of a step's keys, and of its values
-constexpr int PAIRS = HEAD_DIM / 2;                // of neighbouring dimensions
+constexpr int PAIRS = HEAD_DIM / 2;                // of dimensions that a lane holds together
 
 __device__ __forceinline__ u32 pack(float low, float high) { return HALF_FLOAT ? pack_f16(low, high) : pack_bf16(low, high); }
+
+// Both halves times a power of two.
+__device__ __forceinline__ u32 scaled(u32 x, float scale) {
+    u32 both = pack(scale, scale);
+    return HALF_FLOAT ? times_f16(x, both) : times_bf16(x, both);
+}
 
 __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     if (HALF_FLOAT) multiply_f16(d, a0, a1, a2, a3, b0, b1);
     else multiply_bf16(d, a0, a1, a2, a3, b0, b1);
 }
-
-__device__ __forceinline__ u32 word_of(const uint4& x, int n) { return n == 0 ? x.x : n == 1 ? x.y : n == 2 ? x.z : x.w; }
-
-// A warp's running result for eight heads; this lane has heads 2c and 2c + 1.
-struct Partial {
-    float best[2], sum[2];  // base 2; sum: over this lane's keys
-    float out[SLICES][4];   // dimension d(i): (head 2c, head 2c + 1), dimension d(i) + 1: the same
-
-    __device__ __forceinline__ void clear() {
-        best[0] = best[1] = -infinity();
-        sum[0] = sum[1] = 0.f;
-#pragma unroll
-        for (int i = 0; i < SLICES; i++) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.f;
-    }
-};
-
-// The first of the two neighbouring dimensions that slice i of a lane's outputs holds.
-__device__ __forceinline__ int dimension_of(int slice, int r) { return slice / 4 * 64 + r * 8 + slice % 4 * 2; }
-
-// Which eight dimensions of a key are chunk j of lane c: of a tile's eight chunks two neighbours, so that no lanes of a load meet in a bank.
-__device__ __forceinline__ int chunk_of(int j, int c) { return j / 2 * 8 + 2 * c + j % 2; }
-
-struct Query {
-    uint4 chunks[K_CHUNKS];  // of head r
-
-    __device__ __forceinline__ void load(const char* q, long stride_head, int first, int heads) {
-        int thread = fresh(threadIdx.x), r = thread % 32 / 4, c = thread % 4;
-#pragma unroll
-        for (int j = 0; j < K_CHUNKS; j++) {
-            chunks[j] = make_uint4(0, 0, 0, 0);
-            if (r >= first && r < heads) chunks[j] = *reinterpret_cast<const uint4*>(q + r * stride_head + chunk_of(j, c) * 16);
-        }
-    }
-};
 
 // A step's keys and values in shared memory: TILES tiles of 16 rows of 128 bytes of each.
 constexpr int TILE_BYTES = STEP * 128;
@@ -65,119 +38,142 @@ struct alignas(1024) Slot {
     char keys[TILES][TILE_BYTES], values[TILES][TILE_BYTES];
 };
 
+// What a key counts for a head: 2^(its score - the head's top), 16 bits. The top is a whole number, so that other tops change no digit.
+struct alignas(16) Weights {
+    uint2 fragments[32];  // of P^T
+    float top[COLUMNS];
+    int keys;             // of the step; others hold anything
+};
+
+// Queries of eight heads as a lane needs them. The inner axis is in an order of its own: a lane's chunk of eight dimensions is of one row.
+struct Query {
+    uint4 chunks[K_CHUNKS];  // of head r
+
+    __device__ __forceinline__ void load(const char* q, long stride_head, int first, int heads) {
+        int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+#pragma unroll
+        for (int j = 0; j < K_CHUNKS; j++) {
+            chunks[j] = make_uint4(0, 0, 0, 0);
+            // Of a tile's eight chunks two neighbours, so that no lanes of a load from shared memory meet in a bank.
+            if (r >= first && r < heads) chunks[j] = *reinterpret_cast<const uint4*>(q + r * stride_head + (j / 2 * 8 + 2 * c + j % 2) * 16);
+        }
+    }
+};
+
 __device__ __forceinline__ uint4 read_chunk(const char* tile, int row, int chunk) {
     return *reinterpret_cast<const uint4*>(tile + row * 128 + (chunk ^ row % 8) * 16);
 }
 
-// One step of online softmax; keys: of the step (others hold anything).
-__device__ __forceinline__ void attend_step(Partial& partial, const Query& query, const Slot& slot, int keys, float scale_log2) {
-    int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-    float logits[4] = {0.f, 0.f, 0.f, 0.f}, weights[4], decay[2];
+// Weighs a step's keys, by one warp.
+__device__ __forceinline__ void weigh_step(Weights& weights, const Query& query, const Slot& slot, float scale_log2) {
+    int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, keys = weights.keys;
+    float logits[2][4] = {}, weight[4], top[2];
 #pragma unroll
     for (int j = 0; j < K_CHUNKS; j++) {
         uint4 low = read_chunk(slot.keys[j / 2], r, 2 * c + j % 2), high = read_chunk(slot.keys[j / 2], r + 8, 2 * c + j % 2);
-        multiply(logits, low.x, high.x, low.y, high.y, query.chunks[j].x, query.chunks[j].y);
-        multiply(logits, low.z, high.z, low.w, high.w, query.chunks[j].z, query.chunks[j].w);
+        multiply(logits[0], low.x, high.x, low.y, high.y, query.chunks[j].x, query.chunks[j].y);
+        multiply(logits[1], low.z, high.z, low.w, high.w, query.chunks[j].z, query.chunks[j].w);
     }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        float a = r < keys ? logits[h] * scale_log2 : -infinity(), b = r + 8 < keys ? logits[2 + h] * scale_log2 : -infinity();
-        float best = fmaxf(partial.best[h], larger_across<16>(larger_across<8>(larger_across<4>(fmaxf(a, b)))));
-        float safe = best == -infinity() ? 0.f : best;
-        weights[h] = exp2_fast(a - safe);
-        weights[2 + h] = exp2_fast(b - safe);
-        decay[h] = exp2_fast(partial.best[h] - safe);
-        partial.sum[h] = partial.sum[h] * decay[h] + weights[h] + weights[2 + h];
-        partial.best[h] = best;
+        float a = r < keys ? (logits[0][h] + logits[1][h]) * scale_log2 : -infinity();
+        float b = r + 8 < keys ? (logits[0][2 + h] + logits[1][2 + h]) * scale_log2 : -infinity();
+        top[h] = ceilf(larger_across<16>(larger_across<8>(larger_across<4>(fmaxf(a, b)))));
+        float safe = top[h] == -infinity() ? 0.f : top[h];
+        weight[h] = exp2_fast(a - safe);
+        weight[2 + h] = exp2_fast(b - safe);
     }
-    u32 b0 = transpose_8x8(pack(weights[0], weights[1])), b1 = transpose_8x8(pack(weights[2], weights[3]));
-#pragma unroll
-    for (int t = 0; t < TILES; t++) {
-        uint4 w[4];
-#pragma unroll
-        for (int x = 0; x < 4; x++) {
-            int key = 2 * c + x % 2 + x / 2 * 8;
-            w[x] = read_chunk(slot.values[t], key, r);
-            // Rows that were never written may hold NaN: a weight of zero is not enough.
-            if (keys < STEP && key >= keys) w[x] = make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            float(&out)[4] = partial.out[4 * t + n];
-            u32 x0 = word_of(w[0], n), x1 = word_of(w[1], n), x2 = word_of(w[2], n), x3 = word_of(w[3], n);
-#pragma unroll
-            for (int i = 0; i < 4; i++) out[i] *= decay[i % 2];
-            multiply(
-                out, __byte_perm(x0, x1, 0x5410), __byte_perm(x0, x1, 0x7632), __byte_perm(x2, x3, 0x5410), __byte_perm(x2, x3, 0x7632), b0, b1
-            );
-        }
-    }
+    weights.fragments[lane] = make_uint2(transpose_8x8(pack(weight[0], weight[1])), transpose_8x8(pack(weight[2], weight[3])));
+    if (r == 0) *reinterpret_cast<float2*>(&weights.top[2 * c]) = make_float2(top[0], top[1]);
 }
 
-// What the warps of a program found. Heads 2c and 2c + 1 lie side by side, two words further than a multiple of 32 from the next pair: no
-// two lanes of a store meet in a bank.
-constexpr int PAIR_WORDS = 2 * HEAD_DIM + 2;
-struct MergeShared {
-    // By head and warp: maxima and sums of a warp, then its weight in the result.
-    float best[COLUMNS][WARPS], sum[COLUMNS][WARPS], weight[COLUMNS][WARPS];
-    float log_sum[COLUMNS];
-    float out[WARPS][COLUMNS / 2 * PAIR_WORDS];
+// A warp's running result: of heads 2c and 2c + 1 dimensions r and r + 8 of its sixteen.
+struct Partial {
+    float top[2], top_r;  // base 2; of head r
+    float out[4];         // dimension r: (head 2c, head 2c + 1), dimension r + 8: the same
+    float sum[4];         // of weights, the first two: values times V^T have one row more, of ones
+
+    __device__ __forceinline__ void clear() {
+        top[0] = top[1] = top_r = -infinity();
+#pragma unroll
+        for (int i = 0; i < 4; i++) out[i] = sum[i] = 0.f;
+    }
 };
 
-__device__ __forceinline__ int place_in_merge(int head, int dimension) { return head / 2 * PAIR_WORDS + head % 2 * HEAD_DIM + dimension; }
+// Where a lane's row of the four matrices lies that are a warp's dimensions of a step's values.
+__device__ __forceinline__ int values_of(int warp) {
+    int lane = threadIdx.x % 32, key = lane / 16 * 8 + lane % 8, chunk = warp % 4 * 2 + lane / 8 % 2;
+    return warp / 4 * TILE_BYTES + key * 128 + (chunk ^ key % 8) * 16;
+}
 
-// Stores a warp's result for the first `heads` heads.
-__device__ __forceinline__ void store_partial(MergeShared& shared, Partial& partial, int heads) {
-    int thread = fresh(threadIdx.x), warp = thread / 32, r = thread % 32 / 4, c = thread % 4;
+// Adds the values of BATCH steps or fewer, of the dimensions at `place`; weights(n), slot(n): of step n.
+constexpr int BATCH = 4;
+template <typename WeightsOf, typename SlotOf>
+__device__ __forceinline__ void add_steps(Partial& partial, int steps, int place, WeightsOf weights, SlotOf slot) {
+    int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+    uint2 w[BATCH];
+    uint4 v[BATCH];
+    float2 tops[BATCH];
+    float top_r[BATCH], best_r = partial.top_r, best[2] = {partial.top[0], partial.top[1]};
+#pragma unroll
+    for (int n = 0; n < BATCH; n++) {
+        w[n] = make_uint2(0, 0);
+        v[n] = make_uint4(0, 0, 0, 0);
+        tops[n] = make_float2(-infinity(), -infinity());
+        top_r[n] = -infinity();
+        if (n >= steps) continue;
+        const Weights& of = weights(n);
+        w[n] = of.fragments[lane];
+        tops[n] = *reinterpret_cast<const float2*>(&of.top[2 * c]);
+        top_r[n] = of.top[r];
+        v[n] = load_transposed(slot(n).values[0] + place);
+        int keys = of.keys;
+        if (keys < STEP) {
+            // Rows that were never written may hold NaN: a weight of zero is not enough.
+            u32 low = (2 * c < keys ? 0xffff : 0) | (2 * c + 1 < keys ? 0xffff0000 : 0);
+            u32 high = (2 * c + 8 < keys ? 0xffff : 0) | (2 * c + 9 < keys ? 0xffff0000 : 0);
+            v[n] = make_uint4(v[n].x & low, v[n].y & low, v[n].z & high, v[n].w & high);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < BATCH; n++) {
+        best_r = fmaxf(best_r, top_r[n]);
+        best[0] = fmaxf(best[0], tops[n].x);
+        best[1] = fmaxf(best[1], tops[n].y);
+    }
+    float safe_r = best_r == -infinity() ? 0.f : best_r;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        float sum = added_across<16>(added_across<8>(added_across<4>(partial.sum[h])));
-        if (2 * c + h >= heads) continue;
-        if (r == 0) {
-            shared.best[2 * c + h][warp] = partial.best[h];
-            shared.sum[2 * c + h][warp] = sum;
-        }
+        float decay = exp2_fast(partial.top[h] - (best[h] == -infinity() ? 0.f : best[h]));
+        partial.top[h] = best[h];
+        partial.out[h] *= decay;
+        partial.out[2 + h] *= decay;
+        partial.sum[h] *= decay;
+    }
+    partial.top_r = best_r;
+    const u32 ones = pack(1.f, 1.f);
 #pragma unroll
-        for (int i = 0; i < SLICES; i++) {
-            float2* place = reinterpret_cast<float2*>(&shared.out[warp][place_in_merge(2 * c + h, dimension_of(i, r))]);
-            *place = make_float2(partial.out[i][h], partial.out[i][2 + h]);
-        }
+    for (int n = 0; n < BATCH; n++) {
+        float scale = exp2_fast(top_r[n] - safe_r);
+        u32 low = scaled(w[n].x, scale), high = scaled(w[n].y, scale);
+        multiply(partial.out, v[n].x, v[n].y, v[n].z, v[n].w, low, high);
+        multiply(partial.sum, ones, ones, ones, ones, low, high);
     }
 }
 
-// Weights of the first `warps` warps' results in those of all heads, and the base-2 logs of the sums. By THREADS / 4 threads, one a head and warp.
-__device__ __forceinline__ void weigh_warps(MergeShared& shared, int warps) {
-    static_assert(COLUMNS * WARPS == 128, "a thread for each head and warp");
-    if (threadIdx.x >= COLUMNS * WARPS) return;
-    int thread = fresh(threadIdx.x), head = thread / WARPS, w = thread % WARPS;
-    float mine = w < warps ? shared.best[head][w] : -infinity();
-    float best = larger_across<8>(larger_across<4>(larger_across<2>(larger_across<1>(mine)))), safe = best == -infinity() ? 0.f : best;
-    float weight = exp2_fast(mine - safe), sum = w < warps ? weight * shared.sum[head][w] : 0.f;
-    sum = added_across<8>(added_across<4>(added_across<2>(added_across<1>(sum))));
-    // Warps may have found no key.
-    shared.weight[head][w] = sum > 0.f ? weight * reciprocal_fast(sum) : 0.f;
-    if (w == 0) shared.log_sum[head] = sum > 0.f ? best + __log2f(sum) : -infinity();
-}
+// The first of a pair's dimensions; the second is eight further.
+__device__ __forceinline__ int dimension_of(int pair) { return pair / 8 * 16 + pair % 8; }
 
-// Four dimensions of a head, from a pair with an even number on, normalised.
-__device__ __forceinline__ void merge_warps(const MergeShared& shared, int head, int pair, int warps, float2 (&y)[2]) {
-    y[0] = y[1] = make_float2(0.f, 0.f);
-#pragma unroll 4
-    for (int w = 0; w < warps; w++) {
-        float weight = shared.weight[head][w];
-        const float2* x = reinterpret_cast<const float2*>(&shared.out[w][place_in_merge(head, 2 * pair)]);
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            y[n].x += weight * x[n].x;
-            y[n].y += weight * x[n].y;
-        }
-    }
+__device__ __forceinline__ void store_pair(half_bits* head, int pair, float a, float b) {
+    u32 both = pack(a, b);
+    head[dimension_of(pair)] = (half_bits)both;
+    head[dimension_of(pair) + 8] = (half_bits)(both >> 16);
 }
 
 // Merges `parts` published results of one head, `stride` records apart, by all threads of the program: eight lanes share a pair of dimensions.
 // Returns true where this thread holds the pair's result.
 __device__ __forceinline__ bool merge_parts(const Record* parts, long stride, int count, u32 launch, int& pair, float& a, float& b) {
-    constexpr int LANES = 8, BATCH = 4;
+    constexpr int LANES = 8;
     int lane = threadIdx.x % 32, first = lane / 4;
     pair = threadIdx.x / 32 * 4 + lane % 4;
     float best = -infinity(), sum = 0.f;

@@ -3,9 +3,11 @@
 // 1. Every warp scores tiles of index keys and publishes its blocks' records (scoring.cuh).
 // 2. The first programs select, a head of a sequence or a part of one each, as soon as its records are there (selection.cuh); the others
 //    attend meanwhile for the local heads: each KV group of a sequence is divided between some of them.
-// 3. All programs attend to equal shares of the selected blocks, as soon as the lists are there. The last warp looks for them while the others
-//    still attend for the local heads.
+// 3. All programs attend to equal shares of the selected blocks, as soon as the lists are there.
 // 4. Parts of a head are merged by one program, as soon as they are there.
+//
+// Who attends is a pipeline of warps (attention.cuh): the last one finds what to attend to; some take a step each in turn, send for its keys and
+// values and weigh the keys; the first ones add up values, all of them each step's.
 //
 // What is told from program to program are records with the launch's number (device.cuh): nothing has to be cleared between launches.
 #include "attention.cuh"
@@ -18,18 +20,15 @@
 #ifndef SHARED_BYTES
 #define SHARED_BYTES 232448
 #endif
-// Steps of the local heads on their way at a time: more than bandwidth times latency would only make the programs wait that tell each other
-// something. When lists are there, nobody waits any more.
-#ifndef IN_FLIGHT
-#define IN_FLIGHT 6
-#endif
 #ifndef LEAST_STEPS
 #define LEAST_STEPS 4
 #endif
 
-// Heads of all sequences. All warps but the last attend; that one looks for what they attend to.
-constexpr int MOST_ROWS = 64, STEPS_A_BLOCK = BLOCK / STEP, READING = WARPS - 1;
-static_assert(IN_FLIGHT <= READING, "each goes to a slot of its own");
+// Heads of all sequences; what the warps do: the first ones add values, the last one finds spans, those between weigh keys. Each of these has two
+// slots: one fills while the other is read. More on their way than bandwidth times latency would only make the programs wait that tell each other
+// something.
+constexpr int MOST_ROWS = 64, STEPS_A_BLOCK = BLOCK / STEP, ADDING = SLICES, FINDER = WARPS - 1, WEIGHING = FINDER - ADDING;
+constexpr int SLOTS = 2 * WEIGHING;
 
 // What a program attends to at a time: some steps of a list of blocks, or of a window, with heads first_head ... heads - 1 of a KV group (or
 // one retrieval head alone).
@@ -62,12 +61,12 @@ struct Layer {
 };
 
 struct Shared {
-    Slot slots[READING];      // of a warp each
-    union {
-        SelectionShared selection;
-        MergeShared merge;
-    };
-    u64 filled[READING], known[2], done[2];  // barriers: of slots; of spans, which the last warp knows and the others are done with
+    Slot slots[SLOTS];  // step n of all spans lies in slot n mod SLOTS
+    Weights weights[SLOTS];
+    // Barriers: of a slot, whose bytes are there, whose keys are weighed, whose values are added; of a span, which the last warp knows, which
+    // the others are done with.
+    u64 filled[SLOTS], weighed[SLOTS], emptied[SLOTS], known[2], done[2];
+    SelectionShared selection;
     int4 readers[MOST_READERS];
     // Spans in turn, and where their first steps lie.
     Span spans[2];
@@ -89,8 +88,6 @@ __device__ __forceinline__ void stamp(long long* stamps, int n) {
 }
 
 __device__ __forceinline__ u32 low_bits(const void* p) { return (u32)(u64)p; }
-
-__device__ __forceinline__ void store_pair(half_bits* place, float a, float b) { *reinterpret_cast<u32*>(place) = pack(a, b); }
 
 // Steps of the window of a group: of its ring, or of the sinks and the newest keys of a cache by position.
 __device__ __forceinline__ int local_steps(const Layer& layer, int length, bool ring) {
@@ -197,71 +194,77 @@ __device__ __forceinline__ int place_of(const Span& span, int step, u32 launch) 
 
 // By one thread: sends for the keys and values of a step that lies at `place`.
 __device__ __forceinline__ void send_for(Shared& shared, const Span& span, int slot, int place) {
-    expect_bytes(&shared.filled[slot], 2 * TILES * TILE_BYTES);
+    shared.weights[slot].keys = place & 31;
+    u64* filled = &shared.filled[slot];
+    const TensorMap *k = span.k, *v = span.v;
+    int kv_head = span.kv_head, b = span.b, token = place >> 5;
+    expect_bytes(filled, 2 * TILES * TILE_BYTES);
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-        copy_tile(shared.slots[slot].keys[t], span.k, 64 * t, span.kv_head, place >> 5, span.b, &shared.filled[slot]);
-        copy_tile(shared.slots[slot].values[t], span.v, 64 * t, span.kv_head, place >> 5, span.b, &shared.filled[slot]);
+        copy_tile(shared.slots[slot].keys[t], k, 64 * t, kv_head, token, b, filled);
+        copy_tile(shared.slots[slot].values[t], v, 64 * t, kv_head, token, b, filled);
     }
 }
 
-// What a warp that reads remembers from span to span.
-struct Reader {
-    u32 filled;  // how often its slot was
-    bool sent;   // it sent for its first step of the next span
-};
-
-// Attends to a span by all warps but the last, and stores or publishes what they found. Step n is warp n mod READING's.
-__device__ __forceinline__ void attend_span(Shared& shared, const Layer& layer, int turn, Reader& reader, u32 launch) {
-    const Span& span = shared.spans[turn % 2];
-    const int* placed = shared.placed[turn % 2];
-    int thread = fresh(threadIdx.x), warp = thread / 32, lane = thread % 32, steps = span.end - span.first;
-    // For the first steps of local heads the last warp sent, while this one still scored.
-    if (span.list && !reader.sent && lane == 0 && warp < steps) send_for(shared, span, warp, placed[warp]);
+// By a warp that weighs: sends for every WEIGHING-th step and weighs its keys, from `step` on to step `end` of all; the span, whose first steps lie
+// at `placed`, began with step `begin`.
+__device__ __forceinline__ void weigh_span(
+    Shared& shared, const Layer& layer, const Span& span, const int* placed, u32& step, u32 begin, u32 end, u32 launch
+) {
+    if (step >= end) return;
+    const int lane = threadIdx.x % 32, steps = end - begin;
     Query query;
     query.load(span.q, layer.stride_qh, span.first_head, span.heads);
+    int places;
+#pragma unroll 1
+    for (int round = 0; step < end; step += WEIGHING, round++) {
+        // Lane n: where the n-th of the next 32 steps lies.
+        if (round % 32 == 0) {
+            int n = step - begin + lane * WEIGHING;
+            places = n < min(32, steps) ? placed[n] : n < steps ? place_of(span, span.first + n, launch) : 0;
+        }
+        int place = __shfl_sync(FULL, places, round % 32);
+        u32 slot = step % SLOTS;
+        // The finder sent for the first steps of local heads, while this warp still scored.
+        if (span.list || round > 0) {
+            if (step >= SLOTS) await_phase(&shared.emptied[slot], step / SLOTS - 1);
+            if (lane == 0) send_for(shared, span, slot, place);
+        }
+        await_phase(&shared.filled[slot], step / SLOTS);
+        weigh_step(shared.weights[slot], query, shared.slots[slot], layer.scale_log2);
+        __syncwarp();
+        if (lane == 0) arrive(&shared.weighed[slot]);
+    }
+}
+
+// By a warp that adds: all steps of a span, and stores or publishes its sixteen dimensions of what they give.
+__device__ __forceinline__ void add_span(Shared& shared, const Layer& layer, const Span& span, u32 step, u32 end, u32 launch) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4, c = lane % 4, place = values_of(warp);
     Partial partial;
     partial.clear();
-    int place = 0;
 #pragma unroll 1
-    for (int n = warp, round = 0; n < steps; n += READING, round++) {
-        // Lane n: where the n-th of this warp's next 32 steps lies. The last warp told the first two of all.
-        if (round % 32 == 0) {
-            int step = n + lane * READING;
-            place = round == 0 && step < 2 * READING ? placed[min(step, 31)] : step < steps ? place_of(span, span.first + step, launch) : 0;
-        }
-        await_phase(&shared.filled[warp], reader.filled++);
-        if (!span.list && round == 0 && n + IN_FLIGHT < min(steps, READING) && lane == 0) send_for(shared, span, n + IN_FLIGHT, placed[n + IN_FLIGHT]);
-        int keys = __shfl_sync(FULL, place, round % 32) & 31;
-        attend_step(partial, query, shared.slots[warp], keys, layer.scale_log2);
+    for (; step < end; step += BATCH) {
+        int steps = min((u32)BATCH, end - step), slot = step % SLOTS;
+        auto slot_of = [&](int n) { return slot + n - (slot + n < SLOTS ? 0 : SLOTS); };
+        if (lane < steps) await_phase(&shared.weighed[slot_of(lane)], (step + lane) / SLOTS);
         __syncwarp();
-        if (n + READING >= steps) break;
-        int next = round % 32 < 31 ? __shfl_sync(FULL, place, round % 32 + 1) : place_of(span, span.first + n + READING, launch);
-        if (lane == 0) send_for(shared, span, warp, next);
+        add_steps(
+            partial, steps, place, [&](int n) -> const Weights& { return shared.weights[slot_of(n)]; },
+            [&](int n) -> const Slot& { return shared.slots[slot_of(n)]; }
+        );
+        __syncwarp();
+        if (lane < steps) arrive(&shared.emptied[slot_of(lane)]);
     }
-    // Others may still merge what they found in the span before.
-    if (turn > 0) meet_but_last_warp();
-    store_partial(shared.merge, partial, span.heads);
-    meet_but_last_warp();
-    weigh_warps(shared.merge, min(READING, steps));
-    // This warp's slot was read, and what comes next may be known by now.
-    reader.sent = has_ended(&shared.known[(turn + 1) % 2], (turn + 1) / 2);
-    if (reader.sent) {
-        const Span& next = shared.spans[(turn + 1) % 2];
-        if (lane == 0 && warp < next.end - next.first) send_for(shared, next, warp, shared.placed[(turn + 1) % 2][warp]);
-    }
-    meet_but_last_warp();
-    // Four dimensions a thread, so that all heads of a group are one round.
-#pragma unroll 1
-    for (int x = fresh(threadIdx.x) + span.first_head * PAIRS / 2; x < span.heads * PAIRS / 2; x += 32 * READING) {
-        int head = x / (PAIRS / 2), pair = x % (PAIRS / 2) * 2;
-        float2 y[2];
-        merge_warps(shared.merge, head, pair, min(READING, steps), y);
+    int pair = warp * 8 + r;
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            if (span.out) store_pair(span.out + head * layer.stride_oh + 2 * (pair + n), y[n].x, y[n].y);
-            else publish(span.parts + 2 * x + n, y[n].x, y[n].y, shared.merge.log_sum[head], launch);
-        }
+    for (int h = 0; h < 2; h++) {
+        int head = 2 * c + h;
+        if (head < span.first_head || head >= span.heads) continue;
+        // Steps may hold no key.
+        bool any = partial.sum[h] > 0.f;
+        float scale = any ? reciprocal_fast(partial.sum[h]) : 0.f, a = partial.out[h] * scale, b = partial.out[2 + h] * scale;
+        if (span.out) store_pair(span.out + head * layer.stride_oh, pair, a, b);
+        else publish(span.parts + head * PAIRS + pair, a, b, any ? partial.top[h] + __log2f(partial.sum[h]) : -infinity(), launch);
     }
 }
 
@@ -297,14 +300,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
     const Layer layer = {q,          out,          lengths,  row_head, listed, counted,  parts,     local_parts, rows,      num_heads,
                          group_size, num_retained, capacity, window,   sinks,  num_jobs, stride_qb, stride_qh,   stride_ob, stride_oh, scale_log2};
     // What does not depend on the launch before is read while that one ends: the plan's tables, and all parameters, whose cache is cold.
-    if (threadIdx.x / 32 == WARPS - 1) {
-        int lane = threadIdx.x % 32;
-        if (lane < READING) init_barrier(&shared.filled[lane], 1);
-        if (lane < 2) init_barrier(&shared.known[lane], 1), init_barrier(&shared.done[lane], READING);
+    // Barriers are made one after the other, each by one thread in some fifty cycles: every warp makes some.
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll 1
+        for (int n = threadIdx.x / 32; n < SLOTS; n += WARPS) {
+            init_barrier(&shared.filled[n], 1), init_barrier(&shared.weighed[n], 1), init_barrier(&shared.emptied[n], ADDING);
+        }
+        if (threadIdx.x / 32 >= FINDER - 1) {
+            int n = FINDER - threadIdx.x / 32;
+            init_barrier(&shared.known[n], 1), init_barrier(&shared.done[n], WARPS - 1);
+        }
         barriers_made();
-        __syncwarp();
     }
-    for (int v = threadIdx.x; v < min(num_readers, MOST_READERS); v += THREADS) shared.readers[v] = readers[v];
+    if (threadIdx.x < min(num_readers, MOST_READERS)) shared.readers[threadIdx.x] = readers[threadIdx.x];
     const int tables =
         shares[program].b ^ row_head[min((int)threadIdx.x, num_heads - 1)] ^ local_heads[min(max(program - rows, 0), num_query_heads - 1)];
     const u32 touched = tables ^ low_bits(q) ^ low_bits(lengths) ^ low_bits(listed) ^ low_bits(layer.local_parts) ^ low_bits(index_k) ^
@@ -340,7 +348,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
 
     // Spans in turn: the local heads, where the program has any, then chunks of the lists. The last warp, which has the fewest tiles of index keys,
     // is one ahead of the others; a span that begins at -1 ends them.
-    if (fresh(threadIdx.x) / 32 == WARPS - 1) {
+    const int warp = threadIdx.x / 32;
+    if (warp == FINDER) {
         int first_list = 0;
 #pragma unroll 1
         for (int turn = 0;; turn++) {
@@ -361,25 +370,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
                 else span.first = span.end = -1;
             }
             __syncwarp();
-            const int lane = fresh(threadIdx.x) % 32, steps = span.end - span.first;
-            int place = lane < steps ? place_of(span, span.first + lane, launch) : 0;
+            const int lane = threadIdx.x % 32, steps = span.end - span.first, place = lane < steps ? place_of(span, span.first + lane, launch) : 0;
             shared.placed[turn % 2][lane] = place;
-            if (local && lane < min(steps, IN_FLIGHT)) send_for(shared, span, lane, place);
+            if (local && lane < min(steps, WEIGHING)) send_for(shared, span, lane, place);
             __syncwarp();
             if (lane == 0) arrive(&shared.known[turn % 2]);
             if (span.first < 0) break;
         }
     } else {
-        Reader reader = {0, false};
+        u32 end = 0;  // steps of all spans so far
+        // The last of these warps, which have fewer tiles of index keys, begin.
+        u32 weighs = FINDER - 1 - warp;
 #pragma unroll 1
         for (int turn = 0;; turn++) {
+            const Span& span = shared.spans[turn % 2];
             await_phase(&shared.known[turn % 2], turn / 2);
-            if (shared.spans[turn % 2].first < 0) break;
-            if (turn < 2 && shared.spans[turn % 2].list) stamp(stamps, 9);
-            if (shared.spans[turn % 2].first < shared.spans[turn % 2].end) attend_span(shared, layer, turn, reader, launch);
-            if (!shared.spans[turn % 2].list) stamp(stamps, 8);
+            if (span.first < 0) break;
+            if (turn < 2 && span.list) stamp(stamps, 9);
+            const u32 begin = end;
+            end += span.end - span.first;
+            if (warp >= ADDING) weigh_span(shared, layer, span, shared.placed[turn % 2], weighs, begin, end, launch);
+            else if (begin < end) add_span(shared, layer, span, begin, end, launch);
+            if (!span.list) stamp(stamps, 8);
             __syncwarp();
-            if (fresh(threadIdx.x) % 32 == 0) arrive(&shared.done[turn % 2]);
+            if (threadIdx.x % 32 == 0) arrive(&shared.done[turn % 2]);
         }
     }
     stamp(stamps, 10);
@@ -412,7 +426,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         // Without any part the sequence is idle: its rows are zeros.
         int pair;
         float x, y;
-        if (merge_parts(from, stride, count_parts, launch, pair, x, y)) store_pair(out + b * stride_ob + head * stride_oh + 2 * pair, x, y);
+        if (merge_parts(from, stride, count_parts, launch, pair, x, y)) store_pair(out + b * stride_ob + head * stride_oh, pair, x, y);
     }
     stamp(stamps, 11);
     // All have read the number of the launch before.

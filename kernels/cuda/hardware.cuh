@@ -29,9 +29,6 @@ __device__ __forceinline__ void follow_launch_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// All warps of a program of sixteen but the last wait for each other.
-__device__ __forceinline__ void meet_but_last_warp() { asm volatile("bar.sync 1, 480;" ::: "memory"); }
-
 // ---- Records ----------------------------------------------------------------------------------------------------------------------------
 // What one program tells another is written as records of 8 or 16 bytes, each of them one memory operation, that hold the number of their
 // launch: the reader polls the record itself. No fence, no counter, no second trip to memory.
@@ -102,17 +99,6 @@ __device__ __forceinline__ void await_phase(u64* barrier, u32 phase) {
     );
 }
 
-// Whether it has ended, as one lane of the warp saw it.
-__device__ __forceinline__ bool has_ended(u64* barrier, u32 phase) {
-    u32 ended;
-    asm volatile(
-        "{\n.reg .pred done;\nmbarrier.test_wait.parity.shared.b64 done, [%1], %2;\nselp.b32 %0, 1, 0, done;\n}" : "=r"(ended)
-        : "r"(shared_address(barrier)), "r"(phase & 1)
-        : "memory"
-    );
-    return __shfl_sync(0xffffffff, ended, 0);
-}
-
 // One tile on its way: [1, 16, 1, 64] of [B, S, K, D], rows of 128 bytes whose chunks of 16 bytes are permuted (chunk x of row y at x ^ y % 8).
 __device__ __forceinline__ void copy_tile(void* tile, const TensorMap* map, int dimension, int head, int token, int b, u64* barrier) {
     asm volatile(
@@ -147,6 +133,27 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[4], u32 a0, u32 a1, u32
 __device__ __forceinline__ void multiply_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Products of two pairs.
+__device__ __forceinline__ u32 times_bf16(u32 x, u32 y) {
+    u32 z;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
+__device__ __forceinline__ u32 times_f16(u32 x, u32 y) {
+    u32 z;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+    return z;
+}
+
+// Four 8 x 8 matrices from shared memory, transposed, two numbers of a row of each in every lane; row x of matrix m lies where lane 8 m + x says.
+__device__ __forceinline__ uint4 load_transposed(const char* row) {
+    uint4 x;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(shared_address(row)) : "memory");
+    return x;
 }
 
 // The transposed 8 x 8 matrix of 16-bit numbers, two of a row in every lane.

@@ -32,6 +32,7 @@ __device__ __forceinline__ int parts_of(int blocks) { return max(1, ceil_div(blo
 // Into how many the longest head is cut.
 __device__ __forceinline__ int parts_now(const int* lengths, int batch) {
     int longest = 0;
+#pragma unroll 1
     for (int b = 0; b < batch; b++) longest = max(longest, lengths[b]);
     return parts_of(ceil_div(longest, BLOCK));
 }

@@ -25,8 +25,8 @@ from rtpurbo.kernels.division import num_processors_of
 from rtpurbo.kernels.launch import Launch
 
 LOG2E = 1.4426950408889634
-# As in the source: keys of a step, heads of all sequences, rows of a table.
-STEP, MOST_ROWS, MOST_READERS = 16, 64, 64
+# As in the source: keys of a step, slots of a warp that weighs them, heads of all sequences, rows of a table.
+STEP, WARP_SLOTS, MOST_ROWS, MOST_READERS = 16, 2, 64, 64
 HEAD_DIMS = (64, 128)
 # Capacities, in tokens, for which it was measured faster than the launch in Triton: from, to (a million and what is generated after it).
 FASTER_FROM, FASTER_TO = 1 << 15, 5 << 18
@@ -149,11 +149,12 @@ def plan_cuda(
 
 
 def shared_bytes(head_dim: int) -> int:
-    """Shared memory of a program: a step's keys and values for every warp, what warps merge, and small tables; the source checks it."""
-    slots = WARPS * (STEP * 4 * head_dim + 8)
-    merge = 32 + WARPS * (3 * COLUMNS + COLUMNS // 2 * (2 * head_dim + 2)) * 4
+    """Shared memory of a program: steps' keys, values and weights, what a selection counts, and small tables; the source checks it."""
+    slots = WARP_SLOTS * (WARPS - 1 - head_dim // 16)
+    steps = slots * (STEP * 4 * head_dim + 32 * 8 + 48 + 3 * 8)
+    selection = 4 * 3 * HISTOGRAM_BINS + 1024
     tables = 16 * MOST_READERS + 8 * MOST_ROWS + 1024
-    return -(-(slots + merge + tables) // 1024) * 1024
+    return -(-(steps + selection + tables) // 1024) * 1024
 
 
 def fits(device: torch.device, head_dim: int) -> bool:

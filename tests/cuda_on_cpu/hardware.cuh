@@ -75,7 +75,7 @@ struct Program {
     std::vector<char> stacks = std::vector<char>((size_t)FIBERS * STACK_BYTES);
     bool done[FIBERS] = {};
     int now = 0, left = FIBERS;
-    Meeting warps[FIBERS / 32], all, all_but_last;
+    Meeting warps[FIBERS / 32], all;
 };
 
 inline thread_local Program* program_on_cpu;
@@ -104,7 +104,6 @@ inline unsigned meet(Meeting& meeting, int members) {
 }
 
 inline void __syncthreads() { meet(program_on_cpu->all, FIBERS); }
-inline void meet_but_last_warp() { meet(program_on_cpu->all_but_last, FIBERS - 32); }
 inline Meeting& this_warp() { return program_on_cpu->warps[program_on_cpu->now / 32]; }
 inline void __syncwarp() { meet(this_warp(), 32); }
 
@@ -262,7 +261,6 @@ inline void arrive(u64* barrier) {
     *barrier -= 1 << 12;
     end_phase(barrier);
 }
-inline bool has_ended(u64* barrier, u32 phase) { return __shfl_sync(0, (*barrier & 1) != (phase & 1), 0); }
 inline void expect_bytes(u64* barrier, int bytes) { *barrier += ((u64)bytes << 32) - (1 << 12); }
 inline void await_phase(u64* barrier, u32 phase) {
     while ((*barrier & 1) == (phase & 1)) yield_fiber();
@@ -307,6 +305,26 @@ inline void multiply_on_cpu(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b
 }
 inline void multiply_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply_on_cpu(d, a0, a1, a2, a3, b0, b1, true); }
 inline void multiply_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { multiply_on_cpu(d, a0, a1, a2, a3, b0, b1, false); }
+template <typename Number>
+inline u32 times_on_cpu(u32 x, u32 y, Number pack, bool bf16) {
+    return pack(half_of(x, 0, bf16) * half_of(y, 0, bf16), half_of(x, 1, bf16) * half_of(y, 1, bf16));
+}
+inline u32 times_bf16(u32 x, u32 y) { return times_on_cpu(x, y, pack_bf16, true); }
+inline u32 times_f16(u32 x, u32 y) { return times_on_cpu(x, y, pack_f16, false); }
+inline uint4 load_transposed(const char* row) {
+    u64 mine = reinterpret_cast<u64>(row);
+    auto words = gather({(u32)mine, (u32)(mine >> 32)});
+    int r = lane_on_cpu() / 4, c = lane_on_cpu() % 4;
+    u32 x[4];
+    for (int m = 0; m < 4; m++) {
+        x[m] = 0;
+        for (int n = 0; n < 2; n++) {
+            const u32* at = words[8 * m + 2 * c + n];
+            x[m] |= (u32)reinterpret_cast<const uint16_t*>((u64)at[1] << 32 | at[0])[r] << 16 * n;
+        }
+    }
+    return make_uint4(x[0], x[1], x[2], x[3]);
+}
 inline u32 transpose_8x8(u32 x) {
     auto words = gather({x});
     int r = lane_on_cpu() / 4, c = lane_on_cpu() % 4;
