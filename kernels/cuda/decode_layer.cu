@@ -71,8 +71,9 @@ struct Shared {
     // Spans in turn, and where their first steps lie.
     Span spans[2];
     int placed[2][32];
-    // Of the lists: steps, how many chunks end with each of them, steps of a chunk.
-    int list_steps[MOST_ROWS], ends[MOST_ROWS], chunk;
+    // Of the lists: sequence, query head, tokens, steps; how many chunks end with each of them; steps of a chunk.
+    int4 lists[MOST_ROWS];
+    int ends[MOST_ROWS], chunk;
 };
 
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the host gives less than this");
@@ -129,16 +130,18 @@ __device__ __forceinline__ Span local_span(const Layer& layer, const LocalShare&
 // By one warp: waits for the lists and cuts them into equal chunks of steps, at most programs + rows in all, none of them empty.
 __device__ __forceinline__ void divide_lists(Shared& shared, const Layer& layer, int programs, u32 launch) {
     int lane = threadIdx.x % 32, rows = layer.rows, total = 0, end = 0;
+#pragma unroll 1
     for (int row = lane; row < rows; row += 32) {
+        int b = quotient(row, layer.num_heads), head = layer.row_head[row - b * layer.num_heads], tokens = layer.lengths[b];
         int steps = await(layer.counted + row, launch) * STEPS_A_BLOCK;
-        shared.list_steps[row] = steps;
+        shared.lists[row] = {b, head, tokens, steps};
         total += steps;
     }
     total = warp_sum(total);
     int chunk = max((int)((float)(total - 1) * reciprocal_fast(max(max(programs - rows, programs / 2), 1))) + 1, LEAST_STEPS);
 #pragma unroll 1
     for (int from = 0; from < rows; from += 32) {
-        int places = from + lane < rows ? quotient(shared.list_steps[from + lane] + chunk - 1, chunk) : 0;
+        int places = from + lane < rows ? quotient(shared.lists[from + lane].w + chunk - 1, chunk) : 0;
 #pragma unroll
         for (int x = 1; x < 32; x *= 2) {
             int before = __shfl_up_sync(FULL, places, x);
@@ -157,7 +160,8 @@ __device__ __forceinline__ Span list_span(const Shared& shared, const Layer& lay
     int lane = threadIdx.x % 32, rows = layer.rows, row = 0;
 #pragma unroll 1
     for (int from = 0; from < rows; from += 32) row += __popc(__ballot_sync(FULL, from + lane < rows && shared.ends[from + lane] <= item));
-    int b = quotient(row, layer.num_heads), head = layer.row_head[row - b * layer.num_heads], steps = shared.list_steps[row];
+    const int4 list = shared.lists[row];
+    const int b = list.x, head = list.y, steps = list.w;
     span.q = layer.q + b * layer.stride_qb + head * layer.stride_qh;
     span.list = layer.listed + (long)row * layer.capacity;
     span.k = maps;
@@ -166,7 +170,7 @@ __device__ __forceinline__ Span list_span(const Shared& shared, const Layer& lay
     span.kv_head = quotient(head, layer.group_size);
     span.first = (item - (row ? shared.ends[row - 1] : 0)) * shared.chunk;
     span.end = min(span.first + shared.chunk, steps);
-    span.tokens = layer.lengths[b];
+    span.tokens = list.z;
     span.sinks = span.window = span.first_head = 0;
     span.heads = 1;
     span.out = steps <= shared.chunk ? layer.out + b * layer.stride_ob + head * layer.stride_oh : nullptr;

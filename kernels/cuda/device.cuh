@@ -56,6 +56,17 @@ __device__ __forceinline__ u32 number_of_launch(const u32* launches_before) {
 
 __device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(FULL, x); }
 
+// Whether all lanes have the same.
+__device__ __forceinline__ bool same_in_all(u32 x) { return __all_sync(FULL, x == __shfl_sync(FULL, x, 0)); }
+
+// A whole number that is as large, compared with that of others, as the float is.
+__device__ __forceinline__ int ordered(float x) {
+    int bits = __float_as_int(x);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+__device__ __forceinline__ float from_ordered(int x) { return __int_as_float(x ^ (x >> 31 & 0x7fffffff)); }
+
 template <int MASK>
 __device__ __forceinline__ float larger_across(float x) { return fmaxf(x, __shfl_xor_sync(FULL, x, MASK)); }
 

@@ -184,10 +184,9 @@ struct Cursor {
         return s.keys + b * s.stride_b + key_set * s.stride_i + (long)tile * TILE_KEYS * s.stride_s;
     }
 
-    // Loads this tile, and goes on by so many.
+    // Loads this tile, which has settled, and goes on by so many.
     template <typename Q>
-    __device__ __forceinline__ bool load(TileOf& to, const Scoring& s, int step) {
-        if (!settle(s)) return false;
+    __device__ __forceinline__ void load(TileOf& to, const Scoring& s, int step) {
         int4 readers = s.readers[v];
         to.tokens = min(length - tile * TILE_KEYS, TILE_KEYS);
         to.heads = readers.z;
@@ -195,7 +194,6 @@ struct Cursor {
         load_tile(to.tile, keys(s, readers.x), s.stride_s, to.tokens);
         load_query(to.tile, static_cast<const Q*>(s.q) + b * s.stride_qb + readers.y * s.stride_qh, s.stride_qh, columns_of(to.heads), to.heads);
         tile += step;
-        return true;
     }
 };
 
@@ -205,12 +203,14 @@ __device__ __forceinline__ void score_share(const Scoring& s, int program, int p
     int step = programs * WARPS;
     Cursor cursor(s, program + programs * (threadIdx.x / 32));
     TileOf next;
-    bool loaded = false, more = true;
+    bool loaded = false, more = cursor.settle(s);
 #pragma unroll 1
     while (loaded || more) {
         TileOf now = next;
-        more = more && cursor.load<Q>(next, s, step);
+        if (more) cursor.load<Q>(next, s, step);
+        bool after = more && cursor.settle(s);
         if (loaded) now.score(s, launch);
         loaded = more;
+        more = after;
     }
 }

@@ -7,7 +7,8 @@
 #endif
 
 // Masses (2^32 * l * exp(m - top), at most 2^38) as two limbs, whose sums over a warp fit 32 bits.
-constexpr int LIMB_BITS = 19, HIGH_BITS = 20, BINS = 256;
+// Sums over all parts of a head, at most 2^55, are two others, whose sums over all bins fit too.
+constexpr int LIMB_BITS = 19, HIGH_BITS = 20, BINS = 256, SUM_BITS = 24;
 // Of a block: (bin + 1) above the high limb; forced blocks lie in bin -1, places beyond the last block in a bin beyond all.
 constexpr u32 HIGH_MASK = (1u << HIGH_BITS) - 1, NOWHERE = (BINS + 2) << HIGH_BITS;
 // Blocks of a thread, at most: so many of a head are selected by one program, more of them in parts that exchange histograms.
@@ -16,14 +17,21 @@ constexpr u32 HIGH_MASK = (1u << HIGH_BITS) - 1, NOWHERE = (BINS + 2) << HIGH_BI
 #endif
 constexpr int PART_BLOCKS = PART_ITEMS * THREADS;
 
+// Bins of a lane, where one warp looks for the last one that is taken: lane n has bins 8 n ... 8 n + 7. Bin -1 lies before them.
+constexpr int LANE_BINS = BINS / 32, FORCED = LANE_BINS - 1;
+
+struct alignas(16) Histogram {
+    u32 low[FORCED + 1 + BINS], high[FORCED + 1 + BINS];  // at FORCED + 1 + bin: limbs of masses
+    u32 blocks[FORCED + 1 + BINS];                        // of heads in parts
+};
+
 struct SelectionShared {
-    float top[WARPS];
-    // Low limbs, high limbs and numbers of blocks by `bin + 1`.
-    u32 histogram[3 * (BINS + 1)];
-    // By warp: masses of its bins, how many of them are taken, and blocks in them: of all parts, of earlier ones.
-    u64 masses[WARPS];
-    int bins[WARPS], blocks[WARPS], earlier[WARPS];
-    int counts[PART_ITEMS][WARPS];
+    Histogram bins;
+    u32 earlier[FORCED + 1 + BINS];  // blocks of earlier parts
+    int top[WARPS];
+    u32 limit;                       // words below it are taken
+    int taken, taken_earlier;        // of heads in parts, blocks: of all parts, of earlier ones
+    int counts[PART_ITEMS * WARPS];
 };
 
 // Into how many parts a head of so many blocks is cut.
@@ -60,11 +68,10 @@ __device__ __forceinline__ float await_scores(
             top = fmaxf(top, seen[j].a);
         }
     }
-    top = larger_across<16>(larger_across<8>(larger_across<4>(larger_across<2>(larger_across<1>(top)))));
-    if (lane == 0) shared.top[warp] = top;
+    int highest = __reduce_max_sync(FULL, ordered(top));
+    if (lane == 0) shared.top[warp] = highest;
     __syncthreads();
-    top = shared.top[lane % WARPS];
-    return larger_across<8>(larger_across<4>(larger_across<2>(larger_across<1>(top))));
+    return from_ordered(__reduce_max_sync(FULL, shared.top[lane % WARPS]));
 }
 
 // What a block counts: `bin + 1` above the high limb of its mass, and the low limb.
@@ -77,56 +84,111 @@ __device__ __forceinline__ void weigh(float best, float sum, float top, bool for
     low = (u32)(mass - (float)high * (1 << LIMB_BITS));
 }
 
-// Gives what is taken, words below the limit, to `emit(place, block)`, places from `offset` on in ascending order of blocks.
-template <int ITEMS, typename Emit>
-__device__ __forceinline__ void write_taken(SelectionShared& shared, const u32 (&word)[ITEMS], u32 limit, int first, int offset, Emit emit) {
+// Gives what is taken, words below the limit, to `emit(place, block)`, places from `offset` on in ascending order of blocks, after the first thread
+// told how many to `announce`.
+template <int ITEMS, typename Announce, typename Emit>
+__device__ __forceinline__ void write_taken(
+    SelectionShared& shared, const u32 (&word)[ITEMS], u32 limit, int first, int offset, Announce announce, Emit emit
+) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < ITEMS; j++) {
         u32 taken = __ballot_sync(FULL, word[j] < limit);
-        if (lane == 0) shared.counts[j][warp] = __popc(taken);
+        if (lane == 0) shared.counts[j * WARPS + warp] = __popc(taken);
     }
     __syncthreads();
-    // Lane j: how many are taken before this warp's j-th blocks.
-    int all = 0, before = 0;
-    if (lane < ITEMS) {
-#pragma unroll 4
-        for (int w = 0; w < WARPS; w++) {
-            int count = shared.counts[lane][w];
-            all += count;
-            before += w < warp ? count : 0;
-        }
-    }
-    int upto = all;
+    // How many are taken before this warp's j-th blocks: all lanes add up what they see of all counts, two sums of 16 bits at a time.
+    u32 before[(ITEMS + 1) / 2] = {}, all = 0;
 #pragma unroll
-    for (int x = 1; x < ITEMS; x *= 2) {
-        int other = __shfl_up_sync(FULL, upto, x);
-        upto += lane >= x ? other : 0;
+    for (int n = 0; n < (ITEMS * WARPS + 31) / 32; n++) {
+        int place = n * 32 + lane;
+        u32 count = place < ITEMS * WARPS ? shared.counts[place] : 0;
+        all += count;
+#pragma unroll
+        for (int j = 0; j < ITEMS; j++) before[j / 2] += place < j * WARPS + warp ? count << j % 2 * 16 : 0;
     }
-    before += upto - all;
+#pragma unroll
+    for (int j = 0; j < (ITEMS + 1) / 2; j++) before[j] = warp_sum(before[j]);
+    all = warp_sum(all);
+    if (threadIdx.x == 0) announce((int)all);
 #pragma unroll
     for (int j = 0; j < ITEMS; j++) {
         bool mine = word[j] < limit;
         u32 taken = __ballot_sync(FULL, mine);
-        int place = offset + __shfl_sync(FULL, before, j) + __popc(taken & ((1u << lane) - 1));
+        int place = offset + (before[j / 2] >> j % 2 * 16 & 0xffff) + __popc(taken & ((1u << lane) - 1));
         if (mine) emit(place, first + j * THREADS + (int)threadIdx.x);
     }
 }
 
-// Adds a block to the histogram. Lanes of one bin take turns: where all of them have the same, one adds for all.
-__device__ __forceinline__ void count_block(SelectionShared& shared, bool real, u32 word, u32 low) {
-    u32 bin = word >> HIGH_BITS, high = word & HIGH_MASK;
-    int same;
-    __match_all_sync(FULL, real ? bin : NOWHERE, &same);
-    if (same) {
-        low = warp_sum(real ? low : 0);
-        high = warp_sum(real ? high : 0);
+// Adds a warp's blocks to the histogram. Lanes of one bin take turns: where all of them may have the same, as the first ones have, one adds for all.
+template <int ITEMS>
+__device__ __forceinline__ void count_blocks(Histogram& bins, const u32 (&word)[ITEMS], const u32 (&low)[ITEMS], bool parts) {
+    bool alike = same_in_all(word[0] >> HIGH_BITS);
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) {
+        u32 bin = word[j] >> HIGH_BITS, place = FORCED + bin, limbs[2] = {low[j], word[j] & HIGH_MASK}, blocks = 1;
+        bool mine = bin <= BINS;
+        if (alike && same_in_all(bin)) {
+            limbs[0] = warp_sum(limbs[0]);
+            limbs[1] = warp_sum(limbs[1]);
+            blocks = 32;
+            mine = mine && threadIdx.x % 32 == 0;
+        }
+        if (mine) {
+            atomicAdd(&bins.low[place], limbs[0]);
+            atomicAdd(&bins.high[place], limbs[1]);
+            if (parts) atomicAdd(&bins.blocks[place], blocks);
+        }
     }
-    if (real && (!same || threadIdx.x % 32 == 0)) {
-        atomicAdd(&shared.histogram[bin], low);
-        atomicAdd(&shared.histogram[BINS + 1 + bin], high);
-        atomicAdd(&shared.histogram[2 * (BINS + 1) + bin], same ? 32u : 1u);
+}
+
+// By one warp: which bins are taken. A bin is while what lies above it is not enough; the forced blocks, bin -1, always are. Masses are
+// low + high * 2^limb_bits; limbs of all bins have sums of 32 bits.
+__device__ __forceinline__ void find_limit(SelectionShared& shared, int limb_bits, double top_p, bool parts) {
+    int lane = threadIdx.x % 32;
+    const Histogram& bins = shared.bins;
+    u64 forced = bins.low[FORCED] + ((u64)bins.high[FORCED] << limb_bits);
+    u32 limbs[2][LANE_BINS], upto[2] = {0, 0};
+#pragma unroll
+    for (int x = 0; x < 2; x++) {
+        const uint4* from = reinterpret_cast<const uint4*>((x ? bins.high : bins.low) + FORCED + 1 + lane * LANE_BINS);
+#pragma unroll
+        for (int n = 0; n < LANE_BINS / 4; n++) {
+            uint4 four = from[n];
+            limbs[x][4 * n] = four.x, limbs[x][4 * n + 1] = four.y, limbs[x][4 * n + 2] = four.z, limbs[x][4 * n + 3] = four.w;
+        }
+#pragma unroll
+        for (int n = 0; n < LANE_BINS; n++) upto[x] += limbs[x][n];
     }
+    u64 total = forced + warp_sum(upto[0]) + ((u64)warp_sum(upto[1]) << limb_bits), enough = (u64)ceil((double)total * top_p);
+    enough = enough > forced ? enough - forced : 0;
+    u32 above[2] = {0 - upto[0], 0 - upto[1]};
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+#pragma unroll
+        for (int x = 0; x < 2; x++) {
+            u32 below = __shfl_up_sync(FULL, upto[x], step);
+            upto[x] += lane >= step ? below : 0;
+        }
+    }
+    above[0] += upto[0], above[1] += upto[1];
+    u32 taken_bins = 0, taken = 0, taken_earlier = 0;
+#pragma unroll
+    for (int n = 0; n < LANE_BINS; n++) {
+        bool is = top_p >= 1 || above[0] + ((u64)above[1] << limb_bits) < enough;
+        above[0] += limbs[0][n], above[1] += limbs[1][n];
+        taken_bins += is;
+        if (parts) {
+            taken += is ? bins.blocks[FORCED + 1 + lane * LANE_BINS + n] : 0;
+            taken_earlier += is ? shared.earlier[FORCED + 1 + lane * LANE_BINS + n] : 0;
+        }
+    }
+    taken_bins = warp_sum(taken_bins);
+    if (lane == 0) shared.limit = (1 + taken_bins) << HIGH_BITS;
+    if (!parts) return;
+    taken = warp_sum(taken) + bins.blocks[FORCED];
+    taken_earlier = warp_sum(taken_earlier) + shared.earlier[FORCED];
+    if (lane == 0) shared.taken = taken, shared.taken_earlier = taken_earlier;
 }
 
 // Selects among the blocks of one of a head's parts, together with the programs of the others, which must run at the same time. tops [parts],
@@ -136,38 +198,35 @@ __device__ __forceinline__ void select_part(
     SelectionShared& shared, const Record* records, int blocks, int part, int parts, Record* tops, Record* histograms, int sink_blocks,
     double top_p, u32 launch, Announce announce, Emit emit
 ) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, size = quotient(blocks + parts - 1, parts), first = part * size, end = min(blocks, first + size);
-    for (int n = threadIdx.x; n < 3 * (BINS + 1); n += THREADS) shared.histogram[n] = 0;
+    int lane = threadIdx.x % 32, size = quotient(blocks + parts - 1, parts), first = part * size, end = min(blocks, first + size);
+    for (int n = threadIdx.x; n < (int)(sizeof(Histogram) / sizeof(u32)); n += THREADS) reinterpret_cast<u32*>(&shared.bins)[n] = 0;
     float best[ITEMS], sum[ITEMS];
     float top = await_scores<ITEMS>(shared, records, first, end, launch, best, sum);
     if (parts > 1) {
         if (threadIdx.x == 0) publish(tops + part, top, 0.f, 0.f, launch);
         float other = lane < parts ? await(tops + lane, launch).a : -infinity();
         __syncwarp();
-        top = larger_across<16>(larger_across<8>(larger_across<4>(larger_across<2>(larger_across<1>(other)))));
+        top = from_ordered(__reduce_max_sync(FULL, ordered(other)));
     }
-    u32 word[ITEMS];
+    u32 word[ITEMS], low[ITEMS];
 #pragma unroll
     for (int j = 0; j < ITEMS; j++) {
         int n = first + j * THREADS + threadIdx.x;
-        u32 low = 0;
-        word[j] = NOWHERE;
-        if (n < end) weigh(best[j], sum[j], top, n < sink_blocks || n >= blocks - 2, word[j], low);
-        count_block(shared, n < end, word[j], low);
+        weigh(best[j], sum[j], top, n < sink_blocks || n >= blocks - 2, word[j], low[j]);
+        if (n >= end) word[j] = NOWHERE;
     }
+    count_blocks(shared.bins, word, low, parts > 1);
     __syncthreads();
-    // Thread n: bin n - 1, of all parts.
-    u64 mass = 0;
-    int count = 0, count_before = 0;
-    if (threadIdx.x <= BINS) {
-        mass = shared.histogram[threadIdx.x] + ((u64)shared.histogram[BINS + 1 + threadIdx.x] << LIMB_BITS);
-        count = (int)shared.histogram[2 * (BINS + 1) + threadIdx.x];
-        if (parts > 1) {
+    if (parts > 1) {
+        // Thread n: bin n - 1, of all parts.
+        if (threadIdx.x <= BINS) {
+            int place = FORCED + threadIdx.x, count = 0, earlier = 0;
+            u64 mass = shared.bins.low[place] + ((u64)shared.bins.high[place] << LIMB_BITS);
             publish(
                 histograms + part * (BINS + 1) + threadIdx.x, __uint_as_float((u32)mass), __uint_as_float((u32)(mass >> 32)),
-                __int_as_float(count), launch
+                __int_as_float(shared.bins.blocks[place]), launch
             );
-            mass = 0, count = 0;
+            mass = 0;
 #pragma unroll 1
             for (int from = 0; from < parts; from += 4) {
                 Record seen[4];
@@ -178,37 +237,22 @@ __device__ __forceinline__ void select_part(
                 for (int x = 0; x < 4; x++) {
                     mass += (u64)__float_as_uint(seen[x].b) << 32 | __float_as_uint(seen[x].a);
                     count += __float_as_int(seen[x].c);
-                    count_before += from + x < part ? __float_as_int(seen[x].c) : 0;
+                    earlier += from + x < part ? __float_as_int(seen[x].c) : 0;
                 }
             }
+            shared.bins.low[place] = (u32)mass & ((1 << SUM_BITS) - 1);
+            shared.bins.high[place] = (u32)(mass >> SUM_BITS);
+            shared.bins.blocks[place] = count;
+            shared.earlier[place] = earlier;
         }
+        __syncthreads();
     }
-    __syncwarp();
-    u64 upto = mass;
-#pragma unroll
-    for (int x = 1; x < 32; x *= 2) {
-        u64 below = __shfl_up_sync(FULL, upto, x);
-        upto += lane >= x ? below : 0;
-    }
-    if (lane == 31) shared.masses[warp] = upto;
+    if (threadIdx.x < 32) find_limit(shared, parts > 1 ? SUM_BITS : LIMB_BITS, top_p, parts > 1);
     __syncthreads();
-    u64 total = 0, earlier = 0;
-#pragma unroll
-    for (int w = 0; w <= BINS / 32; w++) {
-        u64 x = shared.masses[w];
-        total += x;
-        earlier += w < warp ? x : 0;
-    }
-    // A bin is taken while what lies above it is not enough; the forced blocks, bin -1, always are.
-    bool taken = threadIdx.x <= BINS && (threadIdx.x == 0 || top_p >= 1 || earlier + upto - mass < (u64)ceil((double)total * top_p));
-    u32 taken_bins = __popc(__ballot_sync(FULL, taken)), taken_blocks = warp_sum(taken ? count : 0), before = warp_sum(taken ? count_before : 0);
-    if (lane == 0) shared.bins[warp] = taken_bins, shared.blocks[warp] = taken_blocks, shared.earlier[warp] = before;
-    __syncthreads();
-    bool bins_warp = lane <= BINS / 32;
-    u32 limit = warp_sum(bins_warp ? shared.bins[lane] : 0) << HIGH_BITS;
-    int offset = (int)warp_sum(bins_warp ? shared.earlier[lane] : 0), all = (int)warp_sum(bins_warp ? shared.blocks[lane] : 0);
-    if (part == 0 && threadIdx.x == 0) announce(all);
-    write_taken(shared, word, limit, first, offset, emit);
+    auto tell = [&](int taken) {
+        if (part == 0) announce(parts > 1 ? shared.taken : taken);
+    };
+    write_taken(shared, word, shared.limit, first, parts > 1 ? shared.taken_earlier : 0, tell, emit);
     // The next head of this program writes what is read here.
     __syncthreads();
 }

@@ -152,8 +152,8 @@ def shared_bytes(head_dim: int) -> int:
     """Shared memory of a program: steps' keys, values and weights, what a selection counts, and small tables; the source checks it."""
     slots = WARP_SLOTS * (WARPS - 1 - head_dim // 16)
     steps = slots * (STEP * 4 * head_dim + 32 * 8 + 48 + 3 * 8)
-    selection = 4 * 3 * HISTOGRAM_BINS + 1024
-    tables = 16 * MOST_READERS + 8 * MOST_ROWS + 1024
+    selection = 4 * 4 * (HISTOGRAM_BINS + 7) + 1024
+    tables = 16 * MOST_READERS + 20 * MOST_ROWS + 1024
     return -(-(steps + selection + tables) // 1024) * 1024
 
 

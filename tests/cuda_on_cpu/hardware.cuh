@@ -145,12 +145,12 @@ inline unsigned __reduce_add_sync(unsigned, unsigned x) {
     for (int lane = 0; lane < 32; lane++) sum += words[lane][0];
     return sum;
 }
-inline unsigned __match_all_sync(unsigned mask, unsigned x, int* same) {
-    auto words = gather({x});
-    *same = 1;
-    for (int lane = 0; lane < 32; lane++) *same &= words[lane][0] == x;
-    return *same ? mask : 0;
+inline int __reduce_max_sync(unsigned, int x) {
+    auto words = gather({(unsigned)x});
+    for (int lane = 0; lane < 32; lane++) x = max(x, (int)words[lane][0]);
+    return x;
 }
+inline bool __all_sync(unsigned, bool x) { return __ballot_sync(0, x) == 0xffffffff; }
 inline unsigned atomicAdd(unsigned* place, unsigned x) { return std::exchange(*place, *place + x); }
 
 inline thread_local std::function<void()>* body_on_cpu = nullptr;
