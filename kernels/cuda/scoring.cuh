@@ -56,19 +56,17 @@ __device__ __forceinline__ void score_tile(const IndexTile& tile, int tokens, in
     float scores[PRODUCTS][4];
 #pragma unroll
     for (int d = 0; d < PRODUCTS; d++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) scores[d][i] = 0.f;
+        // Two sums, neither of which waits for the other.
+        float sums[2][4] = {};
 #pragma unroll
         for (int x = 0; x < STRIPS_A_PRODUCT; x++) {
             int strip = d * STRIPS_A_PRODUCT + x;
             bool mine = r / COLUMNS == x;
             uint2 low = tile.keys[2 * strip], high = tile.keys[2 * strip + 1];
-            multiply_bf16(scores[d], low.x, high.x, low.y, high.y, mine ? tile.q.x : 0, mine ? tile.q.y : 0);
+            multiply_bf16(sums[x % 2], low.x, high.x, low.y, high.y, mine ? tile.q.x : 0, mine ? tile.q.y : 0);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            scores[d][i] *= scale;
-        }
+        for (int i = 0; i < 4; i++) scores[d][i] = (sums[0][i] + sums[1][i]) * scale;
     }
     if (tokens < TILE_KEYS) {
 #pragma unroll

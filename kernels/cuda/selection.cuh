@@ -120,24 +120,32 @@ __device__ __forceinline__ void write_taken(
     }
 }
 
-// Adds a warp's blocks to the histogram. Lanes of one bin take turns: where all of them may have the same, as the first ones have, one adds for all.
+// Adds a warp's blocks to the histogram. Lanes of one bin take turns: where all of them may have the same, as the
+// first ones have, one adds for all.
 template <int ITEMS>
 __device__ __forceinline__ void count_blocks(Histogram& bins, const u32 (&word)[ITEMS], const u32 (&low)[ITEMS], bool parts) {
-    bool alike = same_in_all(word[0] >> HIGH_BITS);
+    auto add = [&](int bin, u32 low, u32 high, u32 blocks) {
+        atomicAdd(&bins.low[FORCED + 1 + bin], low);
+        atomicAdd(&bins.high[FORCED + 1 + bin], high);
+        if (parts) atomicAdd(&bins.blocks[FORCED + 1 + bin], blocks);
+    };
+    if (same_in_all(word[0] >> HIGH_BITS)) {
+#pragma unroll 1
+        for (int j = 0; j < ITEMS; j++) {
+            u32 mine = word[0], mine_low = low[0];
 #pragma unroll
-    for (int j = 0; j < ITEMS; j++) {
-        u32 bin = word[j] >> HIGH_BITS, place = FORCED + bin, limbs[2] = {low[j], word[j] & HIGH_MASK}, blocks = 1;
-        bool mine = bin <= BINS;
-        if (alike && same_in_all(bin)) {
-            limbs[0] = warp_sum(limbs[0]);
-            limbs[1] = warp_sum(limbs[1]);
-            blocks = 32;
-            mine = mine && threadIdx.x % 32 == 0;
+            for (int i = 1; i < ITEMS; i++) mine = i == j ? word[i] : mine, mine_low = i == j ? low[i] : mine_low;
+            int bin = (int)(mine >> HIGH_BITS) - 1;
+            bool counts = bin < BINS, one = same_in_all(bin);
+            u32 sums[2] = {warp_sum(mine_low), warp_sum(mine & HIGH_MASK)};
+            if (counts && one && threadIdx.x % 32 == 0) add(bin, sums[0], sums[1], 32);
+            if (counts && !one) add(bin, mine_low, mine & HIGH_MASK, 1);
         }
-        if (mine) {
-            atomicAdd(&bins.low[place], limbs[0]);
-            atomicAdd(&bins.high[place], limbs[1]);
-            if (parts) atomicAdd(&bins.blocks[place], blocks);
+    } else {
+#pragma unroll
+        for (int j = 0; j < ITEMS; j++) {
+            int bin = (int)(word[j] >> HIGH_BITS) - 1;
+            if (bin < BINS) add(bin, low[j], word[j] & HIGH_MASK, 1);
         }
     }
 }
