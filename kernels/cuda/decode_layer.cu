@@ -357,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         int first_list = 0;
 #pragma unroll 1
         for (int turn = 0;; turn++) {
-            Span& span = shared.spans[turn % 2];
+            Span span;
             if (turn > 1) await_phase(&shared.done[turn % 2], turn / 2 - 1);
             bool local = false;
             if (turn == 0) {
@@ -373,8 +373,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
                 if (item < shared.ends[rows - 1]) span = list_span(shared, layer, item, &maps.k);
                 else span.first = span.end = -1;
             }
-            __syncwarp();
             const int lane = threadIdx.x % 32, steps = span.end - span.first, place = lane < steps ? place_of(span, span.first + lane, launch) : 0;
+            if (lane == 0) shared.spans[turn % 2] = span;
             shared.placed[turn % 2][lane] = place;
             if (local && lane < min(steps, WEIGHING)) send_for(shared, span, lane, place);
             __syncwarp();

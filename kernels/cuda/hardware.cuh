@@ -16,13 +16,6 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
     return y;
 }
 
-// The same number, of which the compiler knows nothing: what follows from it is computed where it is used. Kept from one turn of a long loop to
-// the next it would be spilled, and programs of 16 warps read what they spilled from beyond their own cache.
-__device__ __forceinline__ int fresh(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
 // Programmatic dependent launch: let the next launch begin, and wait for the one before.
 __device__ __forceinline__ void follow_launch_before() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -1,5 +1,6 @@
 // CUDA C++ on a CPU, for tests: a program is a thread of the system, its threads are fibers of that thread, and what a warp or a program does
-// together is a meeting of fibers. Exact where the hardware is; products of 16-bit numbers are summed in fp32.
+// together is a meeting of fibers. Exact where the hardware is; products of 16-bit numbers are summed in fp32. As unkind as the hardware may be:
+// warps go on in any order, copies arrive late, shared memory begins as NaN, and a barrier that somebody missed ends the test.
 #pragma once
 #include <sched.h>
 #include <ucontext.h>
@@ -7,6 +8,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -32,13 +34,11 @@ struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct int4 { int x, y, z, w; };
 struct float2 { float x, y; };
-struct float3 { float x, y, z; };
 struct float4 { float x, y, z, w; };
 struct dim3_on_cpu { int x; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
 
 template <typename To, typename From>
 inline To bits_of(From x) {
@@ -52,12 +52,6 @@ inline float __uint_as_float(unsigned x) { return bits_of<float>(x); }
 inline unsigned __float_as_uint(float x) { return bits_of<unsigned>(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline float __log2f(float x) { return std::log2(x); }
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
-    uint64_t both = (uint64_t)y << 32 | x;
-    unsigned z = 0;
-    for (int n = 0; n < 4; n++) z |= (unsigned)(both >> 8 * (selector >> 4 * n & 7) & 0xff) << 8 * n;
-    return z;
-}
 
 // ---- Fibers -----------------------------------------------------------------------------------------------------------------------------
 
@@ -75,11 +69,24 @@ struct Program {
     std::vector<char> stacks = std::vector<char>((size_t)FIBERS * STACK_BYTES);
     bool done[FIBERS] = {};
     int now = 0, left = FIBERS;
+    unsigned seed = 0;
+    std::vector<std::function<void()>> copies;  // on their way
     Meeting warps[FIBERS / 32], all;
 };
 
 inline thread_local Program* program_on_cpu;
 inline thread_local dim3_on_cpu blockIdx, gridDim;
+inline std::atomic<unsigned> launches_on_cpu = 0;
+inline unsigned random_on_cpu() {
+    Program& p = *program_on_cpu;
+    p.seed = p.seed * 1664525u + 1013904223u;
+    return p.seed >> 10;
+}
+inline void expect_on_cpu(bool right, const char* what) {
+    if (right) return;
+    std::fprintf(stderr, "program %d, thread %d: %s\n", blockIdx.x, program_on_cpu->now, what);
+    std::abort();
+}
 struct ThreadIndex {
     struct {
         operator unsigned() const { return program_on_cpu->now; }
@@ -162,9 +169,12 @@ inline void begin_fiber() {
     swapcontext(&p.fibers[p.now], &p.scheduler);
 }
 
+inline void spoil_shared_memory();
+
 // All programs of a launch at once.
 inline void run_programs(int programs, std::function<void()> body) {
     std::vector<std::thread> threads;
+    unsigned launch = launches_on_cpu++;
     for (int n = 0; n < programs; n++) {
         threads.emplace_back([=]() mutable {
             auto mine = std::make_unique<Program>();
@@ -179,14 +189,26 @@ inline void run_programs(int programs, std::function<void()> body) {
                 mine->fibers[f].uc_link = nullptr;
                 makecontext(&mine->fibers[f], begin_fiber, 0);
             }
+            mine->seed = 7919 * n + 31337 * launch + 1;
+            spoil_shared_memory();
             while (mine->left > 0) {
-                for (int f = 0; f < FIBERS; f++) {
-                    if (mine->done[f]) continue;
+                // Some warps sleep, the others go on from any of them, up or down.
+                unsigned asleep = random_on_cpu(), first = random_on_cpu() % FIBERS, down = random_on_cpu() & 1;
+                for (int x = 0; x < FIBERS; x++) {
+                    int f = (first + (down ? FIBERS - x : x)) % FIBERS;
+                    if (mine->done[f] || (asleep >> f / 32 & 1)) continue;
                     mine->now = f;
                     swapcontext(&mine->scheduler, &mine->fibers[f]);
                 }
+                for (size_t x = mine->copies.size(); x-- > 0;) {
+                    if (random_on_cpu() % 4) continue;
+                    std::swap(mine->copies[x], mine->copies.back());
+                    mine->copies.back()();
+                    mine->copies.pop_back();
+                }
                 sched_yield();
             }
+            expect_on_cpu(mine->copies.empty(), "copies that nobody waited for");
         });
     }
     for (std::thread& thread : threads) thread.join();
@@ -212,7 +234,6 @@ struct Record {
 };
 
 inline std::mutex memory_on_cpu;
-inline int fresh(int x) { return x; }
 inline float reciprocal_fast(float x) { return 1.f / x; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline void follow_launch_before() {
@@ -251,32 +272,56 @@ struct alignas(64) TensorMap {
     char rest[128 - 64];
 };
 
-// A barrier: its phase in bit 0, arrivals of a phase from bit 1, those that are missing from bit 12, bytes that are missing from bit 32.
+// A barrier: phases that have ended, arrivals of a phase, those that are missing, and bytes.
+struct Barrier {
+    u64 ended : 20, arrivals : 10, missing : 10;
+    int64_t bytes : 24;
+};
+static_assert(sizeof(Barrier) == sizeof(u64));
+inline Barrier& barrier_at(u64* place) { return *reinterpret_cast<Barrier*>(place); }
 inline void end_phase(u64* barrier) {
-    if (*barrier >> 32 == 0 && (*barrier >> 12 & 1023) == 0) *barrier = (*barrier ^ 1) | (*barrier >> 1 & 1023) << 12;
+    Barrier& b = barrier_at(barrier);
+    if (b.bytes == 0 && b.missing == 0) b.ended = b.ended + 1, b.missing = b.arrivals;
 }
-inline void init_barrier(u64* barrier, int arrivals) { *barrier = (u64)arrivals << 1 | (u64)arrivals << 12; }
+inline void init_barrier(u64* barrier, int arrivals) { barrier_at(barrier) = {0, (unsigned)arrivals, (unsigned)arrivals, 0}; }
 inline void barriers_made() {}
+inline void expect_bytes(u64* barrier, int bytes) {
+    Barrier& b = barrier_at(barrier);
+    expect_on_cpu(b.missing > 0, "more arrivals than a barrier has");
+    b.missing = b.missing - 1;
+    b.bytes = b.bytes + bytes;
+}
 inline void arrive(u64* barrier) {
-    *barrier -= 1 << 12;
+    expect_bytes(barrier, 0);
     end_phase(barrier);
 }
-inline void expect_bytes(u64* barrier, int bytes) { *barrier += ((u64)bytes << 32) - (1 << 12); }
 inline void await_phase(u64* barrier, u32 phase) {
-    while ((*barrier & 1) == (phase & 1)) yield_fiber();
+    // The hardware tells even phases from odd ones, no more.
+    auto ended = [&]() {
+        unsigned phases = barrier_at(barrier).ended;
+        expect_on_cpu(phases == phase || phases == phase + 1, "a barrier's phase that is over, or not yet begun");
+        return phases != phase;
+    };
+    while (!ended()) yield_fiber();
 }
 inline void copy_tile(void* tile, const TensorMap* map, int dimension, int head, int token, int b, u64* barrier) {
-    for (int row = 0; row < 16; row++) {
-        for (int chunk = 0; chunk < 8; chunk++) {
-            char* to = static_cast<char*>(tile) + row * 128 + (chunk ^ row % 8) * 16;
-            bool real = token + row < map->sizes[1];
-            const char* from = map->base + b * map->strides[0] + (token + row) * map->strides[1] + head * map->strides[2] + dimension * 2 + chunk * 16;
-            if (real) std::memcpy(to, from, 16);
-            else std::memset(to, 0, 16);
+    expect_on_cpu(
+        token >= 0 && b >= 0 && b < map->sizes[0] && head >= 0 && head < map->sizes[2] && dimension + 64 <= map->sizes[3], "a tile beyond its tensor"
+    );
+    std::memset(tile, 0xff, 16 * 128);
+    program_on_cpu->copies.push_back([=]() {
+        for (int row = 0; row < 16; row++) {
+            for (int chunk = 0; chunk < 8; chunk++) {
+                char* to = static_cast<char*>(tile) + row * 128 + (chunk ^ row % 8) * 16;
+                bool real = token + row < map->sizes[1];
+                const char* from = map->base + b * map->strides[0] + (token + row) * map->strides[1] + head * map->strides[2] + dimension * 2 + chunk * 16;
+                if (real) std::memcpy(to, from, 16);
+                else std::memset(to, 0, 16);
+            }
         }
-    }
-    *barrier -= (u64)(16 * 128) << 32;
-    end_phase(barrier);
+        barrier_at(barrier).bytes = barrier_at(barrier).bytes - 16 * 128;
+        end_phase(barrier);
+    });
 }
 
 inline u32 bf16_bits(float x) {
@@ -334,3 +379,4 @@ inline u32 transpose_8x8(u32 x) {
 
 // Dynamic shared memory of a program.
 alignas(1024) thread_local char memory[232448];
+inline void spoil_shared_memory() { std::memset(memory, 0xff, sizeof memory); }
