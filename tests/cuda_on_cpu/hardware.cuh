@@ -6,6 +6,7 @@
 #include <ucontext.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -191,7 +192,9 @@ inline void run_programs(int programs, std::function<void()> body) {
             }
             mine->seed = 7919 * n + 31337 * launch + 1;
             spoil_shared_memory();
+            auto begin = std::chrono::steady_clock::now();
             while (mine->left > 0) {
+                expect_on_cpu(std::chrono::steady_clock::now() - begin < std::chrono::seconds(100), "waits for something that does not come");
                 // Some warps sleep, the others go on from any of them, up or down.
                 unsigned asleep = random_on_cpu(), first = random_on_cpu() % FIBERS, down = random_on_cpu() & 1;
                 for (int x = 0; x < FIBERS; x++) {
