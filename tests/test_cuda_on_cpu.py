@@ -127,6 +127,27 @@ def test_top_p_of_1_selects_every_block():
     assert ids[0, 0].tolist() == list(range(40))
 
 
+def check_selection(q, k, lengths, key_sets, *, capacity, launches=2, plan_batch=None, programs=None):
+    """ids and counts of the last of some launches with one plan equal the definition's."""
+    (batch, heads), num_sets = q.shape[:2], k.shape[2]
+    plan = plan_cuda_selection(
+        key_sets, batch=plan_batch or batch, capacity=capacity, device=torch.device("cpu"), block_size=64, programs=programs
+    )
+    assert plan is not None
+    plan = on_cpu_plan(plan)
+    ids, count = torch.zeros(batch, heads, plan.capacity_blocks, dtype=torch.int32), torch.zeros(batch, heads, dtype=torch.int32)
+    for _ in range(launches):
+        run_on_cpu(describe_selection(plan, q, k, lengths, 1.0, 0.9, 4, ids, count))
+    wanted_ids, wanted = score_and_select(
+        q, k, plan=plan_selection(key_sets, num_sets=num_sets, batch=batch, capacity=capacity, device="cpu"), lengths_B=lengths, scale=1.0,
+        top_p=0.9, sinks=4,
+    )  # fmt: skip
+    assert torch.equal(count, wanted)
+    listed = torch.arange(ids.shape[2]) < count[..., None]
+    assert torch.equal(ids[listed], wanted_ids[..., : ids.shape[2]][listed])
+    return plan, count
+
+
 @pytest.mark.parametrize("keys", ["peaked", "equal", "one hot"])
 @pytest.mark.parametrize("tokens", [1, 65, 64 * 513 + 1])
 def test_a_selection_alone_equals_its_definition(tokens, keys):
@@ -136,21 +157,31 @@ def test_a_selection_alone_equals_its_definition(tokens, keys):
         k = torch.zeros_like(k)
     if keys == "one hot":
         k[:, tokens // 2] = 3 * q[:, [0, 2]]
-    k = k.to(torch.bfloat16)
-    plan = plan_cuda_selection(key_sets, batch=2, capacity=tokens, device=torch.device("cpu"), block_size=64)
-    assert plan is not None
-    ids, count = torch.zeros(2, 3, plan.capacity_blocks, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
-    for _ in range(2):
-        run_on_cpu(describe_selection(on_cpu_plan(plan), q, k, lengths, 1.0, 0.9, 4, ids, count))
-    wanted_ids, wanted = score_and_select(
-        q,
-        k,
-        plan=plan_selection(key_sets, num_sets=2, batch=2, capacity=tokens, device="cpu"),
-        lengths_B=lengths,
-        scale=1.0,
-        top_p=0.9,
-        sinks=4,
-    )
-    assert torch.equal(count, wanted)
-    listed = torch.arange(ids.shape[2]) < count[..., None]
-    assert torch.equal(ids[listed], wanted_ids[..., : ids.shape[2]][listed])
+    check_selection(q, k.to(torch.bfloat16), lengths, key_sets, capacity=tokens)
+
+
+@pytest.mark.parametrize(("sets", "tokens"), [((0,), 100), ((0,), 64 * 40), ((0,), 64 * 300 + 7), ((0, 1), 64 * 70 + 1)], ids=str)
+def test_programs_that_only_select_equal_its_definition(sets, tokens):
+    """One program in 16 selects, whichever starts last; a launch of fewer tokens than the plan's and than the one before."""
+    q, k = peaked_index(sets, num_sets=len(sets), batch=1, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=tokens, device="cpu")
+    k = k.to(torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2)
+    for length in (tokens, max(1, tokens // 2)):
+        lengths = torch.tensor([length], dtype=torch.int32)
+        plan, count = check_selection(q, k, lengths, sets, capacity=tokens, programs=16 * len(sets))
+        assert plan.selectors == len(sets)
+    assert plan.started.item() == 0
+    assert tokens < 64 * 40 or (count < 0.5 * -(-length // 64)).all()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 8])
+def test_heads_that_share_a_set_of_keys_stored_token_by_token_equal_the_definition(heads):
+    """Two sets side by side in memory, one of them read by so many heads."""
+    key_sets, tokens = (*[0] * heads, 1), 64 * 19 + 33
+    q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=heads, device="cpu")
+    check_selection(q, k.to(torch.bfloat16), torch.tensor([tokens], dtype=torch.int32), key_sets, capacity=tokens)
+
+
+def test_queries_in_bf16_equal_the_definition():
+    key_sets, tokens = (0, 1, 1, 1), 64 * 17
+    q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=3, device="cpu")
+    check_selection(q.to(torch.bfloat16), k.to(torch.bfloat16), torch.tensor([tokens], dtype=torch.int32), key_sets, capacity=tokens)

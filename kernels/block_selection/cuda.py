@@ -15,12 +15,15 @@ WARPS, BLOCK, INDEX_DIM, COLUMNS, HISTOGRAM_BINS = 16, 64, 16, 8, 257
 # Blocks of a head that one program selects among, in items of a thread: what is fastest, and the most that sums hold.
 PART_ITEMS = (4, 8)
 MOST_PARTS = 32
+# Programs for each that selects only, at least.
+FEWEST_SCORING = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class CudaSelectionPlan:
     """Static facts and scratch memory of the launch; calls that share one must not overlap in time."""
 
+    rows: int
     num_heads: int
     capacity_blocks: int
     programs: int
@@ -30,11 +33,17 @@ class CudaSelectionPlan:
     tops_C4: torch.Tensor
     histograms_C: torch.Tensor
     launches_C: torch.Tensor
+    started: torch.Tensor
 
     @property
     def most_parts(self) -> int:
         """Into how many parts a head's selection is cut at most."""
         return -(-self.capacity_blocks // (self.part_items * 32 * WARPS))
+
+    @property
+    def selectors(self) -> int:
+        """Programs that select a head each and score nothing; 0: all score, and must run at once (heads in parts, or many of them)."""
+        return self.rows if self.most_parts == 1 and self.rows * FEWEST_SCORING <= self.programs else 0
 
 
 def readers_of(key_sets: Sequence[int]) -> list[tuple[int, int, int, int]]:
@@ -58,10 +67,13 @@ def part_items_for(rows: int, blocks: int, programs: int) -> int | None:
 
 
 def plan_cuda_selection(
-    key_sets: Sequence[int], *, batch: int, capacity: int, device: torch.device, block_size: int
+    key_sets: Sequence[int], *, batch: int, capacity: int, device: torch.device, block_size: int, programs: int | None = None
 ) -> CudaSelectionPlan | None:  # fmt: skip
-    """Scratch memory (16 bytes a head and block, 4 KB a program), or None where the launch cannot serve such heads."""
-    H, N, programs = len(key_sets), max(1, -(-capacity // block_size)), num_processors_of(device)
+    """Scratch memory (16 bytes a head and block, 4 KB a program), or None where the launch cannot serve such heads.
+
+    programs: one a multiprocessor; None: as many as the device has.
+    """
+    H, N, programs = len(key_sets), max(1, -(-capacity // block_size)), programs or num_processors_of(device)
     items = part_items_for(batch * H, N, programs)
     if items is None or block_size != BLOCK or list(key_sets) != sorted(key_sets):
         return None
@@ -71,9 +83,10 @@ def plan_cuda_selection(
 
     # Records hold the number of their launch: what is here before the first must be zero.
     return CudaSelectionPlan(
-        num_heads=H, capacity_blocks=N, programs=programs, part_items=items,
+        rows=batch * H, num_heads=H, capacity_blocks=N, programs=programs, part_items=items,
         readers_V4=torch.tensor(readers_of(key_sets), dtype=torch.int32, device=device), scores_BHN4=zeros(batch, H, N, 4),
         tops_C4=zeros(programs, 4), histograms_C=zeros(programs, HISTOGRAM_BINS, 4), launches_C=zeros(programs, dtype=torch.int32),
+        started=zeros(1, dtype=torch.int32),
     )  # fmt: skip
 
 
@@ -86,7 +99,7 @@ def index_obstacle(capability: tuple[int, int], index_q_BHR: torch.Tensor, index
         return f"it takes {INDEX_DIM} bf16 index dimensions, found {index_k_BSIR.shape[3]} of {index_k_BSIR.dtype}"
     if index_q_BHR.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes index queries in fp32 or bf16, found {index_q_BHR.dtype}"
-    return alignment_obstacle([("index_q", index_q_BHR, 16), ("index_k", index_k_BSIR, 8)]) or nvrtc_obstacle()
+    return alignment_obstacle([("index_q", index_q_BHR, 16), ("index_k", index_k_BSIR, 16)]) or nvrtc_obstacle()
 
 
 def alignment_obstacle(tensors: Sequence[tuple[str, torch.Tensor | None, int]]) -> str | None:
@@ -107,14 +120,18 @@ def is_faster(capability: tuple[int, int], batch: int, index_k_BSIR: torch.Tenso
     return suits_cuda(capability, batch) and top_p < 1 and index_k_BSIR.stride(1) == index_k_BSIR.shape[3]
 
 
-def index_constants(plan_items: int, index_q_BHR: torch.Tensor, top_p: float) -> dict[str, object]:
+def index_constants(plan_items: int, index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor, top_p: float) -> dict[str, object]:
     """Macros of the sources that score and select."""
-    return {"TOP_P": float(top_p), "PART_ITEMS": plan_items, "INDEX_QUERY": "float" if index_q_BHR.dtype == torch.float32 else "half_bits"}
+    return {
+        "TOP_P": float(top_p), "PART_ITEMS": plan_items, "INDEX_QUERY": "float" if index_q_BHR.dtype == torch.float32 else "half_bits",
+        "KEY_STRIDE": index_k_BSIR.stride(1) * index_k_BSIR.element_size(),
+    }  # fmt: skip
 
 
 def index_strides(index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor) -> tuple[Long, ...]:
-    """Strides of queries in elements, of keys in bytes."""
-    return *map(Long, index_q_BHR.stride()[:2]), *(Long(stride * index_k_BSIR.element_size()) for stride in index_k_BSIR.stride()[:3])
+    """Strides of queries in elements; of keys in bytes, but that of tokens."""
+    size, strides = index_k_BSIR.element_size(), index_k_BSIR.stride()
+    return *map(Long, index_q_BHR.stride()[:2]), Long(strides[0] * size), Long(strides[2] * size)
 
 
 def describe(
@@ -127,13 +144,13 @@ def describe(
         grid=(plan.programs,),
         arguments=(
             index_q_BHR, index_k_BSIR, lengths_B, plan.readers_V4, plan.scores_BHN4, plan.tops_C4, plan.histograms_C, plan.launches_C,
-            ids_BHN, count_BH, index_q_BHR.shape[0], plan.num_heads, plan.readers_V4.shape[0], plan.capacity_blocks, plan.most_parts, sinks,
-            float(scale), *index_strides(index_q_BHR, index_k_BSIR),
+            plan.started, ids_BHN, count_BH, index_q_BHR.shape[0], plan.num_heads, plan.readers_V4.shape[0], plan.capacity_blocks,
+            plan.most_parts, plan.selectors, sinks, float(scale), *index_strides(index_q_BHR, index_k_BSIR),
         ),
-        constants=index_constants(plan.part_items, index_q_BHR, top_p),
+        constants=index_constants(plan.part_items, index_q_BHR, index_k_BSIR, top_p),
         num_warps=WARPS,
         early_launch=early_launch,
-        all_at_once=True,
+        all_at_once=plan.selectors == 0,
     )  # fmt: skip
 
 

@@ -67,7 +67,6 @@ struct Shared {
     // the others are done with.
     u64 filled[SLOTS], weighed[SLOTS], emptied[SLOTS], known[2], done[2];
     SelectionShared selection;
-    int4 readers[MOST_READERS];
     // Spans in turn, and where their first steps lie.
     Span spans[2];
     int placed[2][32];
@@ -296,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
     int* count,                                // int32 [B, H]
     int batch, int plan_rows, int num_jobs, int num_heads, int num_readers, int group_size, int num_query_heads, int num_retained, int capacity,
     int window, int sinks, int most_parts, float scale_log2, float index_scale, long stride_qb, long stride_qh, long stride_ob, long stride_oh,
-    long stride_iqb, long stride_iqh, long stride_ikb, long stride_iks, long stride_iki
+    long stride_iqb, long stride_iqh, long stride_ikb, long stride_iki
 ) {
     extern __shared__ __align__(1024) char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -316,7 +315,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         }
         barriers_made();
     }
-    if (threadIdx.x < min(num_readers, MOST_READERS)) shared.readers[threadIdx.x] = readers[threadIdx.x];
     const int tables =
         shares[program].b ^ row_head[min((int)threadIdx.x, num_heads - 1)] ^ local_heads[min(max(program - rows, 0), num_query_heads - 1)];
     const u32 touched = tables ^ low_bits(q) ^ low_bits(lengths) ^ low_bits(listed) ^ low_bits(layer.local_parts) ^ low_bits(index_k) ^
@@ -325,13 +323,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
     __syncthreads();
     follow_launch_before();
     stamp(stamps, 0);
-    const u32 launch = number_of_launch(launches + program);
+    const u32 launched = launch_before(launches + program);
     const int now_parts = min(most_parts, parts_now(lengths, batch)), selectors = plan_rows * now_parts;
-    score_share<INDEX_QUERY>(
-        {index_k, stride_ikb, stride_iks, stride_iki, index_q, stride_iqb, stride_iqh, num_readers <= MOST_READERS ? shared.readers : readers,
-         lengths, scores, batch, num_readers, num_heads, capacity, index_scale},
-        program, programs, launch
+    score_share(
+        {index_k, stride_ikb, stride_iki, index_q, stride_iqb, stride_iqh, readers, lengths, scores, batch, num_readers, num_heads, capacity,
+         index_scale},
+        program, programs, launched
     );
+    const u32 launch = number_after(launched);
     stamp(stamps, 1);
 
     if (program < selectors) {

@@ -45,10 +45,13 @@ __device__ __forceinline__ u32 await(const u64* place, u32 launch) {
     return (u32)word;
 }
 
-// This launch's number, never that of records before the first. Counters of several programs share a line that another processor's cache of
-// the launch before may have held: the load goes past it.
-__device__ __forceinline__ u32 number_of_launch(const u32* launches_before) {
-    u32 number = *const_cast<const volatile u32*>(launches_before) + 1;
+// The number of the launch before. Counters of several programs share a line that another processor's cache of that launch may have held: the
+// load goes past it.
+__device__ __forceinline__ u32 launch_before(const u32* launches) { return *const_cast<const volatile u32*>(launches); }
+
+// The number of the launch after it, never that of records before the first.
+__device__ __forceinline__ u32 number_after(u32 launched) {
+    u32 number = needed_here(launched) + 1;
     return number ? number : 1;
 }
 

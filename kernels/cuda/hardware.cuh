@@ -16,6 +16,18 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
     return y;
 }
 
+__device__ __forceinline__ float add_toward_zero(float x, float y) {
+    float z;
+    asm("add.rz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
+// A number that was loaded: the compiler may not wait for it any earlier than here.
+__device__ __forceinline__ u32 needed_here(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // Programmatic dependent launch: let the next launch begin, and wait for the one before.
 __device__ __forceinline__ void follow_launch_before() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -58,6 +70,18 @@ __device__ __forceinline__ uint2 load_8(const char* p) {
     uint2 x;
     asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
     return x;
+}
+
+__device__ __forceinline__ uint4 load_16(const char* p) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+    return x;
+}
+
+// So many bytes on their way to the L2 cache.
+template <int BYTES>
+__device__ __forceinline__ void prefetch(const char* p) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "n"(BYTES) : "memory");
 }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }

@@ -1,144 +1,24 @@
 // Index scores of one query token, reduced to (maximum, sum of exponentials) of every block, for the heads that share a set of keys.
 //
-// A warp takes a tile of two blocks: eight strips of 16 keys, each the A operand of one product with the heads' queries as columns. A set
-// read by fewer than eight heads has columns to spare: strips take turns at them, so that all numbers of a result are scores.
+// A warp scores tiles of two blocks: eight strips of 16 keys, each the A operand of a product with the heads' queries as columns. A set that
+// only one or two heads read has columns to spare: with four of them a head, keys may lie in registers as 16 bytes of memory do.
 #pragma once
 #include "device.cuh"
 
 #ifndef INDEX_QUERY
 #define INDEX_QUERY float
 #endif
+#ifndef KEY_STRIDE
+#define KEY_STRIDE 32
+#endif
 
 constexpr int INDEX_DIM = 16, TILE_KEYS = 128, STRIPS = 8;
-constexpr int MOST_READERS = 64;  // of a table in shared memory
-
-struct IndexTile {
-    uint2 keys[2 * STRIPS];  // of a strip: key r, key r + 8; dimensions 4c ... 4c + 3
-    uint2 q;                 // of head r mod (columns a strip), as bf16
-};
-
-__device__ __forceinline__ void load_tile(IndexTile& tile, const char* keys, long stride, int tokens) {
-    int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-    const char* p = keys + r * stride + c * 8;
-    if (tokens == TILE_KEYS && stride == 2 * INDEX_DIM) {
-        // Keys one after the other: all loads by one address.
-#pragma unroll
-        for (int n = 0; n < 2 * STRIPS; n++) tile.keys[n] = load_8(p + n * 16 * INDEX_DIM);
-    } else if (tokens == TILE_KEYS) {
-#pragma unroll
-        for (int n = 0; n < 2 * STRIPS; n++, p += 8 * stride) tile.keys[n] = load_8(p);
-    } else {
-#pragma unroll
-        for (int n = 0; n < 2 * STRIPS; n++, p += 8 * stride) tile.keys[n] = 8 * n + r < tokens ? load_8(p) : make_uint2(0, 0);
-    }
-}
-
-template <typename Q>
-__device__ __forceinline__ void load_query(IndexTile& tile, const Q* q, long stride_head, int columns, int heads) {
-    int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, head = r & (columns - 1);
-    tile.q = make_uint2(0, 0);
-    if (head < heads) {
-        const Q* p = q + head * stride_head + 4 * c;
-        if constexpr (sizeof(Q) == 4) {
-            float4 x = *reinterpret_cast<const float4*>(p);
-            tile.q = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
-        } else {
-            tile.q = *reinterpret_cast<const uint2*>(p);
-        }
-    }
-}
-
-// Scores and publishes the tile's blocks; tokens: of the tile that are cached (> 0). records: of the first head and the tile's first block.
-template <int COLUMNS>
-__device__ __forceinline__ void score_tile(const IndexTile& tile, int tokens, int heads, float scale, Record* records, long stride_head, u32 launch) {
-    constexpr int STRIPS_A_PRODUCT = 8 / COLUMNS, PRODUCTS = COLUMNS;
-    int lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
-    float scores[PRODUCTS][4];
-#pragma unroll
-    for (int d = 0; d < PRODUCTS; d++) {
-        // Two sums, neither of which waits for the other.
-        float sums[2][4] = {};
-#pragma unroll
-        for (int x = 0; x < STRIPS_A_PRODUCT; x++) {
-            int strip = d * STRIPS_A_PRODUCT + x;
-            bool mine = r / COLUMNS == x;
-            uint2 low = tile.keys[2 * strip], high = tile.keys[2 * strip + 1];
-            multiply_bf16(sums[x % 2], low.x, high.x, low.y, high.y, mine ? tile.q.x : 0, mine ? tile.q.y : 0);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) scores[d][i] = (sums[0][i] + sums[1][i]) * scale;
-    }
-    if (tokens < TILE_KEYS) {
-#pragma unroll
-        for (int d = 0; d < PRODUCTS; d++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int strip = d * STRIPS_A_PRODUCT + (2 * c + i % 2) / COLUMNS, token = strip * 16 + r + i / 2 * 8;
-                if (token >= tokens) scores[d][i] = -infinity();
-            }
-        }
-    }
-    // Columns 2c and 2c + 1 are of two heads, or of two strips of the only one. A block is half of the products, or half of the columns.
-#pragma unroll
-    for (int block = 0; block < (COLUMNS == 1 ? 1 : 2); block++) {
-        constexpr int DS = COLUMNS == 1 ? 1 : PRODUCTS / 2;
-        float best[2] = {-infinity(), -infinity()}, sum[2] = {0.f, 0.f};
-#pragma unroll
-        for (int d = block * DS; d < (block + 1) * DS; d++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) best[i % 2] = fmaxf(best[i % 2], scores[d][i]);
-        }
-        if (COLUMNS == 1) best[0] = best[1] = fmaxf(best[0], best[1]);
-#pragma unroll
-        for (int h = 0; h < (COLUMNS == 1 ? 1 : 2); h++) {
-            best[h] = larger_across<16>(larger_across<8>(larger_across<4>(best[h])));
-            if (COLUMNS <= 4 && COLUMNS > 1) best[h] = larger_across<2>(best[h]);
-            if (COLUMNS <= 2) best[h] = larger_across<1>(best[h]);
-        }
-        if (COLUMNS == 1) best[1] = best[0];
-        // A block beyond the last key has none: its exponentials must not see inf - inf.
-        float safe[2] = {best[0] == -infinity() ? 0.f : best[0], best[1] == -infinity() ? 0.f : best[1]};
-#pragma unroll
-        for (int d = block * DS; d < (block + 1) * DS; d++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                sum[i % 2] += exp2_fast((scores[d][i] - safe[i % 2]) * LOG2E);
-            }
-        }
-        if (COLUMNS == 1) sum[0] += sum[1];
-#pragma unroll
-        for (int h = 0; h < (COLUMNS == 1 ? 1 : 2); h++) {
-            sum[h] = added_across<16>(added_across<8>(added_across<4>(sum[h])));
-            if (COLUMNS <= 4 && COLUMNS > 1) sum[h] = added_across<2>(sum[h]);
-            if (COLUMNS <= 2) sum[h] = added_across<1>(sum[h]);
-        }
-        if (COLUMNS == 1) {
-            // Columns 0 ... 3 are the first block, 4 ... 7 the second.
-            if (r == 0 && c % 2 == 0 && c / 2 * BLOCK < tokens) publish(records + c / 2, best[0], sum[0], 0.f, launch);
-        } else if (r == 0 && block * BLOCK < tokens) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int head = (2 * c + h) % COLUMNS;
-                if (2 * c + h == head && head < heads) publish(records + head * stride_head + block, best[h], sum[h], 0.f, launch);
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ int columns_of(int heads) { return heads == 1 ? 1 : heads == 2 ? 2 : heads <= 4 ? 4 : 8; }
-
-__device__ __forceinline__ void score_tile(const IndexTile& tile, int tokens, int heads, float scale, Record* records, long stride_head, u32 launch) {
-    if (heads == 1) score_tile<1>(tile, tokens, heads, scale, records, stride_head, launch);
-    else if (heads == 2) score_tile<2>(tile, tokens, heads, scale, records, stride_head, launch);
-    else if (heads <= 4) score_tile<4>(tile, tokens, heads, scale, records, stride_head, launch);
-    else score_tile<8>(tile, tokens, heads, scale, records, stride_head, launch);
-}
 
 // Everything that has to be scored, in tiles: of sequence after sequence, of one group of readers after the other.
 struct Scoring {
-    const char* keys;          // bf16 [B, S, I, R], last axis contiguous; strides in bytes
-    long stride_b, stride_s, stride_i;
-    const void* q;             // [B, H, R]; strides in elements
+    const char* keys;          // bf16 [B, S, I, R], last axis contiguous; strides in bytes, that of S is KEY_STRIDE
+    long stride_b, stride_i;
+    const INDEX_QUERY* q;      // [B, H, R]; strides in elements
     long stride_qb, stride_qh;
     const int4* readers;       // [V]: set, first head, heads, 0
     const int* lengths;        // int32 [B]
@@ -147,68 +27,256 @@ struct Scoring {
     float scale;
 };
 
-// A tile, and which of all records is the first of its blocks'.
-struct TileOf {
-    IndexTile tile;
-    int tokens, heads, record;
+// Two neighbouring dimensions of a query as they lie in memory: rounding them would wait for them.
+struct alignas(2 * sizeof(INDEX_QUERY)) QueryPair {
+    INDEX_QUERY a, b;
 
-    __device__ __forceinline__ void score(const Scoring& s, u32 launch) const {
-        score_tile(tile, tokens, heads, s.scale, s.records + record, s.capacity, launch);
+    __device__ __forceinline__ u32 as_bf16() const {
+        if constexpr (sizeof(INDEX_QUERY) == 4) return pack_bf16(a, b);
+        else return (u32)b << 16 | (u32)a;
     }
 };
 
-// Where tiles begin: of sequence after sequence, of one group of readers after the other. Queries and pointers in it would be spilled.
-struct Cursor {
-    int b, v, tile, length;
+__device__ __forceinline__ QueryPair query_pair(const INDEX_QUERY* q, bool real) {
+    return real ? *reinterpret_cast<const QueryPair*>(q) : QueryPair{};
+}
 
-    // To the tile so many after the first of all.
-    __device__ __forceinline__ Cursor(const Scoring& s, int tile) : b(0), v(0), tile(tile), length(s.lengths[0]) {}
+// A head's result for a block, from COUNT scores of each lane that differs from this one in bits 2, 3, 4 and those of MASK.
+template <int MASK, int COUNT>
+__device__ __forceinline__ void reduce_block(const float (&scores)[COUNT], float& best, float& sum) {
+    best = scores[0];
+#pragma unroll
+    for (int i = 1; i < COUNT; i++) best = fmaxf(best, scores[i]);
+    best = larger_across<16>(larger_across<8>(larger_across<4>(best)));
+    if (MASK) best = larger_across<MASK>(best);
+    // A block beyond the last key has none: its exponentials must not see inf - inf.
+    float safe = best == -infinity() ? 0.f : best;
+    sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sum += exp2_fast((scores[i] - safe) * LOG2E);
+    sum = added_across<16>(added_across<8>(added_across<4>(sum)));
+    if (MASK) sum = added_across<MASK>(sum);
+}
 
-    // Where the tile lies beyond the readers' keys, to where it is; false: beyond all.
-    __device__ __forceinline__ bool settle(const Scoring& s) {
-        if (b == s.batch) return false;
-        while (tile * TILE_KEYS >= length) {
-            tile -= ceil_div(length, TILE_KEYS);
-            if (++v == s.num_readers) {
-                v = 0;
-                if (++b == s.batch) return false;
-                length = s.lengths[b];
+// Keys of one or two heads. A lane's 16 bytes are eight dimensions of one key, half of it: lanes c = 0, 1 have key 2r of a strip, c = 2, 3 key
+// 2r + 1. As A they are, in turn, two dimensions of rows r, r + 8, r, r + 8: a head's four columns are (key 2r, 2r + 1) x (row r, row r + 8),
+// and a score is the sum of two elements of a lane. One head alone has two strips to a product, of the first block and of the second.
+template <int HEADS>
+struct PairedTile {
+    static constexpr int COUNT = 4;  // scores of a lane, of each of its blocks
+    uint4 keys[STRIPS];
+    struct Query {
+        QueryPair x, y;
+
+        __device__ __forceinline__ void load(const INDEX_QUERY* q, long stride_head, int) {
+            int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, dimension = c % 2 * 8 + r % 2 * 2;
+            q += (HEADS == 1 ? 0 : r / 4) * stride_head + dimension;
+            bool real = c / 2 == r / 2 % 2;
+            x = query_pair(q, real), y = query_pair(q + 4, real);
+        }
+    };
+
+    __device__ __forceinline__ void load(const char* keys_of_tile, int tokens) {
+        int lane = threadIdx.x % 32;
+        const char* p = keys_of_tile + lane / 2 * KEY_STRIDE + lane % 2 * 16;
+        // All by one address.
+        if (tokens >= TILE_KEYS) {
+#pragma unroll
+            for (int n = 0; n < STRIPS; n++) keys[n] = load_16(p + n * 16 * KEY_STRIDE);
+        } else {
+#pragma unroll
+            for (int n = 0; n < STRIPS; n++) keys[n] = 16 * n + lane / 2 < tokens ? load_16(p + n * 16 * KEY_STRIDE) : make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    __device__ __forceinline__ void score(uint2 q, int tokens, int, float scale, Record* records, long stride_head, u32 launch) const {
+        int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < HEADS; i++) {
+            float scores[COUNT], best, sum;
+#pragma unroll
+            for (int n = 0; n < COUNT; n++) {
+                float d[4] = {};
+#pragma unroll
+                for (int x = 0; x < (HEADS == 1 ? 2 : 1); x++) {
+                    const uint4& k = keys[n + 4 * (HEADS == 1 ? x : i)];
+                    bool mine = HEADS > 1 || r / 4 == x;
+                    multiply_bf16(d, k.x, k.y, k.z, k.w, mine ? q.x : 0, mine ? q.y : 0);
+                }
+                scores[n] = (d[0] + d[3]) * scale;
+            }
+            const int block = HEADS == 1 ? c / 2 : i, head = HEADS == 1 ? 0 : c / 2;
+            if (tokens < TILE_KEYS) {
+#pragma unroll
+                for (int n = 0; n < COUNT; n++) {
+                    if ((n + 4 * block) * 16 + 2 * r + c % 2 >= tokens) scores[n] = -infinity();
+                }
+            }
+            reduce_block<1>(scores, best, sum);
+            if (r == 0 && c % 2 == 0 && block * BLOCK < tokens) publish(records + head * stride_head + block, best, sum, 0.f, launch);
+        }
+    }
+};
+
+// Keys of up to four or eight heads, a column each. A lane's 8 bytes are dimensions 4c ... 4c + 3 of key r or r + 8 of a strip; for four heads
+// two strips share a product.
+template <int COLUMNS>
+struct SharedTile {
+    uint2 keys[2 * STRIPS];
+    struct Query {
+        QueryPair x, y;  // of head r mod COLUMNS
+
+        __device__ __forceinline__ void load(const INDEX_QUERY* q, long stride_head, int heads) {
+            int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4, head = r % COLUMNS;
+            q += head * stride_head + 4 * c;
+            x = query_pair(q, head < heads), y = query_pair(q + 2, head < heads);
+        }
+    };
+
+    __device__ __forceinline__ void load(const char* keys_of_tile, int tokens) {
+        int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+        const char* p = keys_of_tile + r * KEY_STRIDE + c * 8;
+        if (tokens >= TILE_KEYS) {
+#pragma unroll
+            for (int n = 0; n < 2 * STRIPS; n++) keys[n] = load_8(p + n * 8 * KEY_STRIDE);
+        } else {
+#pragma unroll
+            for (int n = 0; n < 2 * STRIPS; n++) keys[n] = 8 * n + r < tokens ? load_8(p + n * 8 * KEY_STRIDE) : make_uint2(0, 0);
+        }
+    }
+
+    __device__ __forceinline__ void score(uint2 q, int tokens, int heads, float scale, Record* records, long stride_head, u32 launch) const {
+        constexpr int STRIPS_A_PRODUCT = 8 / COLUMNS, COUNT = COLUMNS;
+        int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+            float scores[2][COUNT];  // of columns 2c, 2c + 1
+#pragma unroll
+            for (int n = 0; n < COUNT / 2; n++) {
+                float d[4] = {};
+#pragma unroll
+                for (int x = 0; x < STRIPS_A_PRODUCT; x++) {
+                    int strip = block * 4 + n * STRIPS_A_PRODUCT + x;
+                    bool mine = r / COLUMNS == x;
+                    uint2 low = keys[2 * strip], high = keys[2 * strip + 1];
+                    multiply_bf16(d, low.x, high.x, low.y, high.y, mine ? q.x : 0, mine ? q.y : 0);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int strip = block * 4 + n * STRIPS_A_PRODUCT + 2 * c / COLUMNS;
+                    scores[i % 2][2 * n + i / 2] = tokens >= TILE_KEYS || strip * 16 + r + i / 2 * 8 < tokens ? d[i] * scale : -infinity();
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float best, sum;
+                reduce_block<COLUMNS == 4 ? 2 : 0>(scores[h], best, sum);
+                int head = (2 * c + h) % COLUMNS;
+                if (r == 0 && 2 * c + h == head && head < heads && block * BLOCK < tokens) {
+                    publish(records + head * stride_head + block, best, sum, 0.f, launch);
+                }
             }
         }
-        return true;
-    }
-
-    __device__ __forceinline__ const char* keys(const Scoring& s, int key_set) const {
-        return s.keys + b * s.stride_b + key_set * s.stride_i + (long)tile * TILE_KEYS * s.stride_s;
-    }
-
-    // Loads this tile, which has settled, and goes on by so many.
-    template <typename Q>
-    __device__ __forceinline__ void load(TileOf& to, const Scoring& s, int step) {
-        int4 readers = s.readers[v];
-        to.tokens = min(length - tile * TILE_KEYS, TILE_KEYS);
-        to.heads = readers.z;
-        to.record = (b * s.num_heads + readers.y) * s.capacity + tile * (TILE_KEYS / BLOCK);
-        load_tile(to.tile, keys(s, readers.x), s.stride_s, to.tokens);
-        load_query(to.tile, static_cast<const Q*>(s.q) + b * s.stride_qb + readers.y * s.stride_qh, s.stride_qh, columns_of(to.heads), to.heads);
-        tile += step;
     }
 };
 
-// This program's share: every programs-th tile, one of them on its way while another is scored.
-template <typename Q>
-__device__ __forceinline__ void score_share(const Scoring& s, int program, int programs, u32 launch) {
-    int step = programs * WARPS;
-    Cursor cursor(s, program + programs * (threadIdx.x / 32));
-    TileOf next;
-    bool loaded = false, more = cursor.settle(s);
+// What a warp scores of the keys of one group of readers: `count` tiles, every `step`-th from `tile` on, one on its way while another is scored.
+// records: of the first head.
+template <typename Tile>
+__device__ __forceinline__ void score_tiles(
+    const Scoring& s, const char* keys, const INDEX_QUERY* q, int heads, Record* records, int tile, int step, int count, int length, u32 launched
+) {
+    typename Tile::Query parts;
+    parts.load(q, s.stride_qh, heads);
+    keys += (long)tile * (TILE_KEYS * KEY_STRIDE);
+    records += tile * (TILE_KEYS / BLOCK);
+    int tokens = length - tile * TILE_KEYS;
+    const int keys_a_step = step * TILE_KEYS;
+    Tile next;
+    next.load(keys, tokens);
+    const uint2 query = {parts.x.as_bf16(), parts.y.as_bf16()};
+    const u32 launch = number_after(launched);
 #pragma unroll 1
-    while (loaded || more) {
-        TileOf now = next;
-        if (more) cursor.load<Q>(next, s, step);
-        bool after = more && cursor.settle(s);
-        if (loaded) now.score(s, launch);
-        loaded = more;
-        more = after;
+    for (; count > 0; count--) {
+        Tile now = next;
+        if (count > 1) {
+            keys += (long)step * (TILE_KEYS * KEY_STRIDE);
+            next.load(keys, tokens - keys_a_step);
+        }
+        now.score(query, tokens, heads, s.scale, records, s.capacity, launch);
+        tokens -= keys_a_step;
+        records += step * (TILE_KEYS / BLOCK);
     }
+}
+
+// Which tiles of one sequence a warp scores, whatever its length: of the keys of group `v` every `step`-th, from `tile` on.
+struct WarpShare {
+    int v, tile, step;
+
+    __device__ __forceinline__ WarpShare(int groups, int program, int programs) {
+        int place = program + programs * (int)(threadIdx.x / 32), warps = programs * WARPS;
+        auto begin = [&](int v) { return quotient(v * warps + groups - 1, groups); };
+        v = quotient(place * groups, warps);
+        tile = place - begin(v);
+        step = begin(v + 1) - begin(v);
+    }
+};
+
+// Lets a warp's first tile come to the L2 cache. It may be called before the launch before has ended: no key of an earlier token depends on it, and
+// a length that it is about to write decides only what is asked for, within the capacity.
+__device__ __forceinline__ void ask_for_share(const Scoring& s, int program, int programs) {
+    if (s.batch > 1 || s.num_readers > programs * WARPS || KEY_STRIDE != 2 * INDEX_DIM) return;
+    WarpShare share(s.num_readers, program, programs);
+    const int now = *const_cast<const volatile int*>(s.lengths), length = min(now, (s.capacity - 1) * BLOCK);
+    if ((share.tile + 1) * TILE_KEYS > length || threadIdx.x % 32) return;
+    prefetch<TILE_KEYS * KEY_STRIDE>(s.keys + s.readers[share.v].x * s.stride_i + (long)share.tile * (TILE_KEYS * KEY_STRIDE));
+}
+
+// This program's share of all tiles. launched: the launch before.
+__device__ __forceinline__ void score_share(const Scoring& s, int program, int programs, u32 launched) {
+    const int lane = threadIdx.x % 32, warps = programs * WARPS, groups = s.num_readers;
+    const bool one_sequence = s.batch == 1 && groups <= warps;
+    // What is read at once: the first length, the first 32 groups of readers.
+    const int4 some = s.readers[min(lane, groups - 1)];
+    int b = 0, v = 0, length = s.lengths[0], tile = 0, step = 1, first = 0, left = 0;
+    if (one_sequence) {
+        // All but the number of tiles is known before the length.
+        WarpShare share(groups, program, programs);
+        v = share.v, tile = share.tile, step = share.step;
+    } else {
+        // Neighbouring tiles of sequence after sequence and one group of readers after the other.
+        int tiles = 0;
+#pragma unroll 1
+        for (int n = lane; n < s.batch; n += 32) tiles += ceil_div(s.lengths[n], TILE_KEYS);
+        tiles = warp_sum(tiles) * groups;
+        auto first_of = [&](int n) { return n == warps ? tiles : min(tiles, (int)((float)tiles * reciprocal_fast(warps) * n)); };
+        int place = program * WARPS + threadIdx.x / 32;
+        first = first_of(place), left = first_of(place + 1) - first;
+        if (left == 0) return;
+    }
+#pragma unroll 1
+    do {
+        if (!one_sequence) {
+            // Found again for every group, so that nothing of it is kept in registers meanwhile.
+            b = v = 0, length = s.lengths[0], tile = first;
+#pragma unroll 1
+            while (tile * TILE_KEYS >= length) {
+                tile -= ceil_div(length, TILE_KEYS);
+                if (++v == groups) v = 0, length = s.lengths[++b];
+            }
+        }
+        int4 readers = {__shfl_sync(FULL, some.x, v), __shfl_sync(FULL, some.y, v), __shfl_sync(FULL, some.z, v), 0};
+        if (v >= 32) readers = s.readers[v];
+        const char* keys = s.keys + b * s.stride_b + readers.x * s.stride_i;
+        const INDEX_QUERY* q = s.q + b * s.stride_qb + readers.y * s.stride_qh;
+        Record* records = s.records + (long)(b * s.num_heads + readers.y) * s.capacity;
+        const int here = ceil_div(length, TILE_KEYS), heads = readers.z;
+        const int count = one_sequence ? quotient(max(here - tile, 0) + step - 1, step) : min(here - tile, left);
+        first += count, left -= count;
+        if (count == 0) break;
+        if (heads == 1) score_tiles<PairedTile<1>>(s, keys, q, heads, records, tile, step, count, length, launched);
+        else if (heads == 2) score_tiles<PairedTile<2>>(s, keys, q, heads, records, tile, step, count, length, launched);
+        else if (heads <= 4) score_tiles<SharedTile<4>>(s, keys, q, heads, records, tile, step, count, length, launched);
+        else score_tiles<SharedTile<8>>(s, keys, q, heads, records, tile, step, count, length, launched);
+    } while (left > 0);
 }

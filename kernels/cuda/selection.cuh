@@ -31,7 +31,7 @@ struct SelectionShared {
     int top[WARPS];
     u32 limit;                       // words below it are taken
     int taken, taken_earlier;        // of heads in parts, blocks: of all parts, of earlier ones
-    int counts[PART_ITEMS * WARPS];
+    int counts[(PART_ITEMS + 3) / 4 * WARPS];
 };
 
 // Into how many parts a head of so many blocks is cut.
@@ -45,21 +45,33 @@ __device__ __forceinline__ int parts_now(const int* lengths, int batch) {
     return parts_of(ceil_div(longest, BLOCK));
 }
 
-// Waits for the records of a program's blocks first ... end - 1; thread t holds blocks first + t, first + t + THREADS, ... Returns the highest
-// maximum of all of them.
+// Which block of a program's is a thread's j-th: each warp has 32 * `each` neighbouring ones of every WARPS * 32 * `each`.
+template <int ITEMS>
+struct Blocks {
+    static constexpr int EACH = ITEMS < 4 ? ITEMS : 4;
+    int first, end, each;
+
+    __device__ __forceinline__ Blocks(int first, int end) : first(first), end(end), each(min(EACH, (end - first + THREADS - 1) / THREADS)) {}
+    __device__ __forceinline__ int operator[](int j) const {
+        int n = first + ((j / EACH * WARPS + (int)threadIdx.x / 32) * each + j % EACH) * 32 + (int)threadIdx.x % 32;
+        return j % EACH < each ? n : end;
+    }
+};
+
+// Waits for the records of a program's blocks. Returns the highest maximum of all of them.
 template <int ITEMS>
 __device__ __forceinline__ float await_scores(
-    SelectionShared& shared, const Record* records, int first, int end, u32 launch, float (&best)[ITEMS], float (&sum)[ITEMS]
+    SelectionShared& shared, const Record* records, const Blocks<ITEMS>& blocks, u32 launch, float (&best)[ITEMS], float (&sum)[ITEMS]
 ) {
-    constexpr int BATCH = ITEMS < 4 ? ITEMS : 4;
+    constexpr int BATCH = Blocks<ITEMS>::EACH;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float top = -infinity();
 #pragma unroll
     for (int from = 0; from < ITEMS; from += BATCH) {
         Record seen[BATCH];
         await_all(seen, launch, [&](int j) {
-            int n = first + (from + j) * THREADS + threadIdx.x;
-            return n < end ? peek(records + n) : Record{-infinity(), 0.f, 0.f, launch};
+            int n = blocks[from + j];
+            return n < blocks.end ? peek(records + n) : Record{-infinity(), 0.f, 0.f, launch};
         });
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
@@ -74,80 +86,89 @@ __device__ __forceinline__ float await_scores(
     return from_ordered(__reduce_max_sync(FULL, shared.top[lane % WARPS]));
 }
 
+// A float of 0 ... 2^23 - 1 without its fraction, as an integer below and in the float: conversions run at a sixteenth of an addition's rate.
+struct Whole {
+    float x;  // 2^23 more
+
+    __device__ __forceinline__ explicit Whole(float number) : x(add_toward_zero(number, 8388608.f)) {}
+    __device__ __forceinline__ u32 bits() const { return __float_as_uint(x) - 0x4b000000; }
+    __device__ __forceinline__ float number() const { return x - 8388608.f; }
+};
+
 // What a block counts: `bin + 1` above the high limb of its mass, and the low limb.
 __device__ __forceinline__ void weigh(float best, float sum, float top, bool forced, u32& word, u32& low) {
     float mass = fmaf(sum * exp2_fast((best - top) * LOG2E), 4294967296.f, 0.5f);
     // Powers of two and the difference are exact.
-    u32 high = (u32)(mass * (1.f / (1 << LIMB_BITS)));
-    int bin = (int)fminf((top - best) * 8.f, BINS - 1.f);
-    word = (forced ? 0 : bin + 1) << HIGH_BITS | high;
-    low = (u32)(mass - (float)high * (1 << LIMB_BITS));
+    Whole high(mass * (1.f / (1 << LIMB_BITS))), bin(fminf((top - best) * 8.f, BINS - 1.f));
+    word = (forced ? 0 : bin.bits() + 1) << HIGH_BITS | high.bits();
+    low = Whole(mass - high.number() * (1 << LIMB_BITS)).bits();
 }
 
 // Gives what is taken, words below the limit, to `emit(place, block)`, places from `offset` on in ascending order of blocks, after the first thread
 // told how many to `announce`.
 template <int ITEMS, typename Announce, typename Emit>
 __device__ __forceinline__ void write_taken(
-    SelectionShared& shared, const u32 (&word)[ITEMS], u32 limit, int first, int offset, Announce announce, Emit emit
+    SelectionShared& shared, const u32 (&word)[ITEMS], u32 limit, const Blocks<ITEMS>& blocks, int offset, Announce announce, Emit emit
 ) {
+    constexpr int EACH = Blocks<ITEMS>::EACH, TURNS = ITEMS / EACH, PLACES = TURNS * WARPS;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    u32 taken[ITEMS];
 #pragma unroll
-    for (int j = 0; j < ITEMS; j++) {
-        u32 taken = __ballot_sync(FULL, word[j] < limit);
-        if (lane == 0) shared.counts[j * WARPS + warp] = __popc(taken);
+    for (int turn = 0; turn < TURNS; turn++) {
+        int many = 0;
+#pragma unroll
+        for (int j = turn * EACH; j < (turn + 1) * EACH; j++) many += __popc(taken[j] = __ballot_sync(FULL, word[j] < limit));
+        if (lane == 0) shared.counts[turn * WARPS + warp] = many;
     }
     __syncthreads();
-    // How many are taken before this warp's j-th blocks: all lanes add up what they see of all counts, two sums of 16 bits at a time.
-    u32 before[(ITEMS + 1) / 2] = {}, all = 0;
+    // How many are taken before this warp's blocks of each turn: all lanes add up what they see of all counts, two sums of 16 bits at a time.
+    u32 before[(TURNS + 1) / 2] = {}, all = 0;
 #pragma unroll
-    for (int n = 0; n < (ITEMS * WARPS + 31) / 32; n++) {
+    for (int n = 0; n < (PLACES + 31) / 32; n++) {
         int place = n * 32 + lane;
-        u32 count = place < ITEMS * WARPS ? shared.counts[place] : 0;
+        u32 count = place < PLACES ? shared.counts[place] : 0;
         all += count;
 #pragma unroll
-        for (int j = 0; j < ITEMS; j++) before[j / 2] += place < j * WARPS + warp ? count << j % 2 * 16 : 0;
+        for (int turn = 0; turn < TURNS; turn++) before[turn / 2] += place < turn * WARPS + warp ? count << turn % 2 * 16 : 0;
     }
 #pragma unroll
-    for (int j = 0; j < (ITEMS + 1) / 2; j++) before[j] = warp_sum(before[j]);
+    for (int turn = 0; turn < (TURNS + 1) / 2; turn++) before[turn] = warp_sum(before[turn]);
     all = warp_sum(all);
     if (threadIdx.x == 0) announce((int)all);
 #pragma unroll
-    for (int j = 0; j < ITEMS; j++) {
-        bool mine = word[j] < limit;
-        u32 taken = __ballot_sync(FULL, mine);
-        int place = offset + (before[j / 2] >> j % 2 * 16 & 0xffff) + __popc(taken & ((1u << lane) - 1));
-        if (mine) emit(place, first + j * THREADS + (int)threadIdx.x);
+    for (int turn = 0; turn < TURNS; turn++) {
+        int place = offset + (before[turn / 2] >> turn % 2 * 16 & 0xffff);
+#pragma unroll
+        for (int j = turn * EACH; j < (turn + 1) * EACH; j++) {
+            if (taken[j] >> lane & 1) emit(place + __popc(taken[j] & ((1u << lane) - 1)), blocks[j]);
+            place += __popc(taken[j]);
+        }
     }
 }
 
-// Adds a warp's blocks to the histogram. Lanes of one bin take turns: where all of them may have the same, as the
-// first ones have, one adds for all.
+// Adds a warp's blocks to the histogram. Rows of 32 whose blocks are all of one bin, that of the first block, in sums: most are far below the top,
+// or all are alike, and lanes of one bin would take turns.
 template <int ITEMS>
 __device__ __forceinline__ void count_blocks(Histogram& bins, const u32 (&word)[ITEMS], const u32 (&low)[ITEMS], bool parts) {
-    auto add = [&](int bin, u32 low, u32 high, u32 blocks) {
-        atomicAdd(&bins.low[FORCED + 1 + bin], low);
-        atomicAdd(&bins.high[FORCED + 1 + bin], high);
-        if (parts) atomicAdd(&bins.blocks[FORCED + 1 + bin], blocks);
+    auto add = [&](u32 bin_and_one, u32 low, u32 high, u32 blocks) {
+        atomicAdd(&bins.low[FORCED + bin_and_one], low);
+        atomicAdd(&bins.high[FORCED + bin_and_one], high);
+        if (parts) atomicAdd(&bins.blocks[FORCED + bin_and_one], blocks);
     };
-    if (same_in_all(word[0] >> HIGH_BITS)) {
-#pragma unroll 1
-        for (int j = 0; j < ITEMS; j++) {
-            u32 mine = word[0], mine_low = low[0];
+    const u32 first = __shfl_sync(FULL, word[0] >> HIGH_BITS, 0);
+    bool alike[ITEMS];
 #pragma unroll
-            for (int i = 1; i < ITEMS; i++) mine = i == j ? word[i] : mine, mine_low = i == j ? low[i] : mine_low;
-            int bin = (int)(mine >> HIGH_BITS) - 1;
-            bool counts = bin < BINS, one = same_in_all(bin);
-            u32 sums[2] = {warp_sum(mine_low), warp_sum(mine & HIGH_MASK)};
-            if (counts && one && threadIdx.x % 32 == 0) add(bin, sums[0], sums[1], 32);
-            if (counts && !one) add(bin, mine_low, mine & HIGH_MASK, 1);
-        }
-    } else {
+    for (int j = 0; j < ITEMS; j++) alike[j] = __all_sync(FULL, word[j] >> HIGH_BITS == first);
+    u32 sums[2] = {0, 0}, rows = 0;
 #pragma unroll
-        for (int j = 0; j < ITEMS; j++) {
-            int bin = (int)(word[j] >> HIGH_BITS) - 1;
-            if (bin < BINS) add(bin, low[j], word[j] & HIGH_MASK, 1);
-        }
+    for (int j = 0; j < ITEMS; j++) {
+        u32 bin_and_one = word[j] >> HIGH_BITS;
+        if (alike[j]) sums[0] += low[j], sums[1] += word[j] & HIGH_MASK, rows++;
+        else if (bin_and_one <= BINS) add(bin_and_one, low[j], word[j] & HIGH_MASK, 1);
     }
+    if (rows == 0 || first > BINS) return;
+    sums[0] = warp_sum(sums[0]), sums[1] = warp_sum(sums[1]);
+    if (threadIdx.x % 32 == 0) add(first, sums[0], sums[1], 32 * rows);
 }
 
 // By one warp: which bins are taken. A bin is while what lies above it is not enough; the forced blocks, bin -1, always are. Masses are
@@ -208,8 +229,9 @@ __device__ __forceinline__ void select_part(
 ) {
     int lane = threadIdx.x % 32, size = quotient(blocks + parts - 1, parts), first = part * size, end = min(blocks, first + size);
     for (int n = threadIdx.x; n < (int)(sizeof(Histogram) / sizeof(u32)); n += THREADS) reinterpret_cast<u32*>(&shared.bins)[n] = 0;
+    const Blocks<ITEMS> mine(first, end);
     float best[ITEMS], sum[ITEMS];
-    float top = await_scores<ITEMS>(shared, records, first, end, launch, best, sum);
+    float top = await_scores<ITEMS>(shared, records, mine, launch, best, sum);
     if (parts > 1) {
         if (threadIdx.x == 0) publish(tops + part, top, 0.f, 0.f, launch);
         float other = lane < parts ? await(tops + lane, launch).a : -infinity();
@@ -219,7 +241,7 @@ __device__ __forceinline__ void select_part(
     u32 word[ITEMS], low[ITEMS];
 #pragma unroll
     for (int j = 0; j < ITEMS; j++) {
-        int n = first + j * THREADS + threadIdx.x;
+        int n = mine[j];
         weigh(best[j], sum[j], top, n < sink_blocks || n >= blocks - 2, word[j], low[j]);
         if (n >= end) word[j] = NOWHERE;
     }
@@ -260,7 +282,7 @@ __device__ __forceinline__ void select_part(
     auto tell = [&](int taken) {
         if (part == 0) announce(parts > 1 ? shared.taken : taken);
     };
-    write_taken(shared, word, shared.limit, first, parts > 1 ? shared.taken_earlier : 0, tell, emit);
+    write_taken(shared, word, shared.limit, mine, parts > 1 ? shared.taken_earlier : 0, tell, emit);
     // The next head of this program writes what is read here.
     __syncthreads();
 }

@@ -25,8 +25,8 @@ from rtpurbo.kernels.division import num_processors_of
 from rtpurbo.kernels.launch import Launch
 
 LOG2E = 1.4426950408889634
-# As in the source: keys of a step, slots of a warp that weighs them, heads of all sequences, rows of a table.
-STEP, WARP_SLOTS, MOST_ROWS, MOST_READERS = 16, 2, 64, 64
+# As in the source: keys of a step, slots of a warp that weighs them, heads of all sequences.
+STEP, WARP_SLOTS, MOST_ROWS = 16, 2, 64
 HEAD_DIMS = (64, 128)
 # Capacities, in tokens, for which it was measured faster than the launch in Triton: from, to (a million and what is generated after it).
 FASTER_FROM, FASTER_TO = 1 << 15, 5 << 18
@@ -153,7 +153,7 @@ def shared_bytes(head_dim: int) -> int:
     slots = WARP_SLOTS * (WARPS - 1 - head_dim // 16)
     steps = slots * (STEP * 4 * head_dim + 32 * 8 + 48 + 3 * 8)
     selection = 4 * 4 * (HISTOGRAM_BINS + 7) + 1024
-    tables = 16 * MOST_READERS + 20 * MOST_ROWS + 1024
+    tables = 20 * MOST_ROWS + 1024
     return -(-(steps + selection + tables) // 1024) * 1024
 
 
@@ -215,7 +215,7 @@ def describe(plan: CudaPlan, step: DecodeStep, window: int, sinks: int, ids_BHN:
         constants={
             "HEAD_DIM": D, "SHARED_BYTES": shared_bytes(D), "HALF_FLOAT": int(q.dtype == torch.float16),
             "STAMPS": int(plan.stamps is not None),
-            **index_constants(plan.part_items, index_q, step.top_p),
+            **index_constants(plan.part_items, index_q, index_k, step.top_p),
         },
         num_warps=WARPS,
         early_launch=True,

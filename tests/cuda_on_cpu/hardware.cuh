@@ -159,7 +159,12 @@ inline int __reduce_max_sync(unsigned, int x) {
     return x;
 }
 inline bool __all_sync(unsigned, bool x) { return __ballot_sync(0, x) == 0xffffffff; }
-inline unsigned atomicAdd(unsigned* place, unsigned x) { return std::exchange(*place, *place + x); }
+inline unsigned atomicInc(unsigned* place, unsigned last) {
+    unsigned old = __atomic_load_n(place, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(place, &old, old >= last ? 0 : old + 1, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    return old;
+}
+inline unsigned atomicAdd(unsigned* place, unsigned x) { return __atomic_fetch_add(place, x, __ATOMIC_RELAXED); }
 
 inline thread_local std::function<void()>* body_on_cpu = nullptr;
 inline void begin_fiber() {
@@ -238,6 +243,13 @@ struct Record {
 
 inline std::mutex memory_on_cpu;
 inline float reciprocal_fast(float x) { return 1.f / x; }
+
+inline unsigned needed_here(unsigned x) { return x; }
+inline float add_toward_zero(float x, float y) {
+    double exact = (double)x + y;
+    float nearest = (float)exact;
+    return std::abs((double)nearest) > std::abs(exact) ? std::nextafter(nearest, 0.f) : nearest;
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline void follow_launch_before() {
 #ifdef LATE_PROGRAM
@@ -265,7 +277,15 @@ inline X peek(const X* place) {
     std::lock_guard lock(memory_on_cpu);
     return *place;
 }
+
+// What is asked for must be there, and is not changed by it.
+template <int BYTES>
+inline void prefetch(const char* p) {
+    volatile char last = p[BYTES - 1];
+    (void)last;
+}
 inline uint2 load_8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
+inline uint4 load_16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
 
 // The test's own description of a tensor, where the host encodes one for the hardware.
 struct alignas(64) TensorMap {
