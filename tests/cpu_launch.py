@@ -2,6 +2,8 @@
 
 import ctypes
 import hashlib
+import itertools
+import mmap
 import shutil
 import subprocess
 import tempfile
@@ -19,12 +21,47 @@ MAP_BYTES = 128
 SOURCE = '#include <hardware.cuh>\n#include "{name}.cu"\nextern "C" void launch(int n, void** p) {{ launch_on_cpu(&{name}, n, p); }}\n'
 
 
+PAGE, NO_ACCESS = mmap.PAGESIZE, 0
+_flush_with_end = itertools.cycle((True, False))
+
+
 def run_on_cpu(launch: Launch) -> None:
-    """Run all programs of a launch at once, on tensors in the CPU's memory."""
+    """Run all programs of a launch at once, on copies of its tensors that lie between pages nobody may touch: a kernel that reads or writes
+    beyond a tensor ends the process. The tensors hold what the kernel wrote."""
     library = _built(launch.kernel.name, tuple(sorted(launch.constants.items())))
-    arguments = [_encoded(value) if isinstance(value, TileMaps) else packed(value) for value in launch.arguments]
+    at_end = next(_flush_with_end)
+    tensors = {value.data_ptr(): value for value in launch.arguments if isinstance(value, torch.Tensor)}
+    fenced = {place: Fenced(tensor, at_end=at_end) for place, tensor in tensors.items()}
+    arguments = [
+        _encoded(value) if isinstance(value, TileMaps)
+        else ctypes.c_void_p(fenced[value.data_ptr()].address) if isinstance(value, torch.Tensor)
+        else packed(value)
+        for value in launch.arguments
+    ]  # fmt: skip
     addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
     library.launch(launch.grid[0], addresses)
+    for copy in fenced.values():
+        copy.write_back()
+
+
+class Fenced:
+    """A copy of a tensor's memory, up to 15 bytes more, that ends where a page begins that nobody may touch, or begins where one ends."""
+
+    def __init__(self, tensor: torch.Tensor, *, at_end: bool) -> None:
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        self._tensor, self._bytes = tensor, (last + 1) * tensor.element_size()
+        size = -(-self._bytes // 16) * 16
+        pages = -(-size // PAGE)
+        self._memory = mmap.mmap(-1, (pages + 2) * PAGE)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        for fence in (begin, begin + (pages + 1) * PAGE):
+            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(PAGE), NO_ACCESS) == 0
+        self.address = begin + PAGE + (pages * PAGE - size if at_end else 0)
+        ctypes.memmove(self.address, tensor.data_ptr(), self._bytes)
+
+    def write_back(self) -> None:
+        """Store in the tensor what the copy holds now."""
+        ctypes.memmove(self._tensor.data_ptr(), self.address, self._bytes)
 
 
 def _encoded(maps: TileMaps) -> ctypes.Array:

@@ -127,7 +127,7 @@ def test_top_p_of_1_selects_every_block():
     assert ids[0, 0].tolist() == list(range(40))
 
 
-def check_selection(q, k, lengths, key_sets, *, capacity, launches=2, plan_batch=None, programs=None):
+def check_selection(q, k, lengths, key_sets, *, capacity, launches=2, plan_batch=None, programs=None, **macros):
     """ids and counts of the last of some launches with one plan equal the definition's."""
     (batch, heads), num_sets = q.shape[:2], k.shape[2]
     plan = plan_cuda_selection(
@@ -137,7 +137,8 @@ def check_selection(q, k, lengths, key_sets, *, capacity, launches=2, plan_batch
     plan = on_cpu_plan(plan)
     ids, count = torch.zeros(batch, heads, plan.capacity_blocks, dtype=torch.int32), torch.zeros(batch, heads, dtype=torch.int32)
     for _ in range(launches):
-        run_on_cpu(describe_selection(plan, q, k, lengths, 1.0, 0.9, 4, ids, count))
+        launch = describe_selection(plan, q, k, lengths, 1.0, 0.9, 4, ids, count)
+        run_on_cpu(replace(launch, constants={**launch.constants, **macros}))
     wanted_ids, wanted = score_and_select(
         q, k, plan=plan_selection(key_sets, num_sets=num_sets, batch=batch, capacity=capacity, device="cpu"), lengths_B=lengths, scale=1.0,
         top_p=0.9, sinks=4,
@@ -162,12 +163,13 @@ def test_a_selection_alone_equals_its_definition(tokens, keys):
 
 @pytest.mark.parametrize(("sets", "tokens"), [((0,), 100), ((0,), 64 * 40), ((0,), 64 * 300 + 7), ((0, 1), 64 * 70 + 1)], ids=str)
 def test_programs_that_only_select_equal_its_definition(sets, tokens):
-    """One program in 16 selects, whichever starts last; a launch of fewer tokens than the plan's and than the one before."""
+    """One program in 16 selects, whichever starts last: the last one of the grid comes first, and there is room for no more programs at a time than
+    those that select. As many tokens as the plan's, and half of them."""
     q, k = peaked_index(sets, num_sets=len(sets), batch=1, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=tokens, device="cpu")
     k = k.to(torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2)
     for length in (tokens, max(1, tokens // 2)):
         lengths = torch.tensor([length], dtype=torch.int32)
-        plan, count = check_selection(q, k, lengths, sets, capacity=tokens, programs=16 * len(sets))
+        plan, count = check_selection(q, k, lengths, sets, capacity=tokens, programs=16 * len(sets), ROOM=len(sets))
         assert plan.selectors == len(sets)
     assert plan.started.item() == 0
     assert tokens < 64 * 40 or (count < 0.5 * -(-length // 64)).all()

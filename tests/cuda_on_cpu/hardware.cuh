@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <semaphore>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -177,12 +178,20 @@ inline void begin_fiber() {
 
 inline void spoil_shared_memory();
 
-// All programs of a launch at once.
+// Programs of a launch: all at once, or ROOM at a time, the last first, as on a GPU with less room that promises no order.
+#ifdef ROOM
+constexpr int room_on_cpu = ROOM;
+#else
+constexpr int room_on_cpu = 1 << 20;
+#endif
 inline void run_programs(int programs, std::function<void()> body) {
     std::vector<std::thread> threads;
+    std::counting_semaphore<> room(room_on_cpu);
     unsigned launch = launches_on_cpu++;
-    for (int n = 0; n < programs; n++) {
-        threads.emplace_back([=]() mutable {
+    for (int x = 0; x < programs; x++) {
+        const int n = room_on_cpu < programs ? programs - 1 - x : x;
+        room.acquire();
+        threads.emplace_back([=, &room]() mutable {
             auto mine = std::make_unique<Program>();
             program_on_cpu = mine.get();
             body_on_cpu = &body;
@@ -217,6 +226,7 @@ inline void run_programs(int programs, std::function<void()> body) {
                 sched_yield();
             }
             expect_on_cpu(mine->copies.empty(), "copies that nobody waited for");
+            room.release();
         });
     }
     for (std::thread& thread : threads) thread.join();
