@@ -163,7 +163,7 @@ def test_a_selection_alone_equals_its_definition(tokens, keys):
 
 @pytest.mark.parametrize(("sets", "tokens"), [((0,), 100), ((0,), 64 * 40), ((0,), 64 * 300 + 7), ((0, 1), 64 * 70 + 1)], ids=str)
 def test_programs_that_only_select_equal_its_definition(sets, tokens):
-    """One program in 16 selects, whichever starts last: the last one of the grid comes first, and there is room for no more programs at a time than
+    """One program in 16 selects, whichever starts last: the last one of the grid comes first, and there is room for no more at a time than
     those that select. As many tokens as the plan's, and half of them."""
     q, k = peaked_index(sets, num_sets=len(sets), batch=1, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=tokens, device="cpu")
     k = k.to(torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2)
