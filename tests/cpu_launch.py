@@ -26,8 +26,8 @@ _flush_with_end = itertools.cycle((True, False))
 
 
 def run_on_cpu(launch: Launch) -> None:
-    """Run all programs of a launch at once, on copies of its tensors that lie between pages nobody may touch: a kernel that reads or writes
-    beyond a tensor ends the process. The tensors hold what the kernel wrote."""
+    """Run a launch on copies of its tensors, those of TileMaps apart, that lie between pages nobody may touch: a kernel that reads or
+    writes beyond one ends the process. The tensors hold what the kernel wrote."""
     library = _built(launch.kernel.name, tuple(sorted(launch.constants.items())))
     at_end = next(_flush_with_end)
     tensors = {value.data_ptr(): value for value in launch.arguments if isinstance(value, torch.Tensor)}

@@ -187,3 +187,14 @@ def test_queries_in_bf16_equal_the_definition():
     key_sets, tokens = (0, 1, 1, 1), 64 * 17
     q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=3, device="cpu")
     check_selection(q.to(torch.bfloat16), k.to(torch.bfloat16), torch.tensor([tokens], dtype=torch.int32), key_sets, capacity=tokens)
+
+
+def test_a_key_that_is_no_number_costs_no_block_that_is_always_taken():
+    q, k = peaked_index((0,), num_sets=1, batch=1, tokens=64 * 20, hot_share=0.1, dtype=torch.float32, seed=5, device="cpu")
+    k = k.to(torch.bfloat16)
+    k[0, 64 * 19 + 3] = float("nan")
+    plan = plan_cuda_selection((0,), batch=1, capacity=64 * 20, device=torch.device("cpu"), block_size=64)
+    assert plan is not None
+    ids, count = torch.zeros(1, 1, 20, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    run_on_cpu(describe_selection(plan, q, k, torch.tensor([64 * 20], dtype=torch.int32), 1.0, 0.9, 4, ids, count))
+    assert {0, 18, 19} <= set(ids[0, 0, : count[0, 0]].tolist())

@@ -165,6 +165,7 @@ def test_tensors_that_do_not_suit_are_named():
     assert "out holds torch.float32, and q torch.bfloat16" in found(out=q.float())
     assert "a cache holds torch.float16, and q torch.bfloat16" in found(cache=cache.half())
     assert "heads in 16 bits, found torch.float32" in found(q=q.float())
+    assert "less than 16777216 bytes apart" in found(index_k=index_k.as_strided((1, 1, 5, 16), (1 << 25, 1 << 23, 16, 1)))
     assert "16 bf16 index dimensions, found 16 of torch.float32" in found(index_k=index_k.float())
     assert "out needs a contiguous last axis and other strides in multiples of 4 bytes" in found(
         out=torch.zeros(1, 32 * 128 + 1, dtype=torch.bfloat16)[:, 1:].view(1, 32, 128)
@@ -314,20 +315,54 @@ def test_launches_on_two_streams_wait_for_each_other():
 
 
 @pytest.mark.gpu
+def test_selections_on_two_streams_do_not_wait_for_each_other():
+    """Programs that only select wait for programs that started before them: launches may share the GPU in any way."""
+    gpu()
+    key_sets, streams, results, calls = (0, 1, 2, 3, 4), [torch.cuda.Stream() for _ in range(2)], [[], []], []
+    for n in range(2):
+        tokens = 131072 - 1000 * n
+        q, k = peaked_index(key_sets, num_sets=5, batch=1, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=n, device="cuda")
+        k = k.to(torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2)
+        plan = plan_selection(key_sets, num_sets=5, batch=1, capacity=131072, device="cuda", cuda=True)
+        assert plan.cuda is not None
+        assert plan.cuda.selectors == 5
+        calls.append({"plan": plan, "lengths_B": torch.tensor([tokens], dtype=torch.int32, device="cuda"), "q": q, "k": k})
+
+    def select(call, impl):
+        options = {name: call[name] for name in ("plan", "lengths_B")}
+        return score_and_select(call["q"], call["k"], **options, scale=1.0, top_p=0.9, sinks=4, impl=impl)
+
+    wanted = [select(call, "triton")[1] for call in calls]
+    torch.cuda.synchronize()
+    for _ in range(100):
+        for call, stream, outs in zip(calls, streams, results, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append(select(call, "cuda"))
+    torch.cuda.synchronize()
+    for outs, count in zip(results, wanted, strict=True):
+        assert (outs[0][1] - count).abs().max() <= 1
+        assert all(torch.equal(other[1], outs[0][1]) for other in outs)
+        for h in range(5):
+            assert all(torch.equal(other[0][0, h, : other[1][0, h]], outs[0][0][0, h, : outs[0][1][0, h]]) for other in outs)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 64, 1000, 64 * 512, 64 * 2048 + 5, 1 << 20])
 @pytest.mark.parametrize("keys", ["peaked", "equal", "one hot"])
-def test_a_selection_alone_holds_its_guarantee(tokens, keys):
-    """Against the definition on the same keys; equal keys fill one bin, one hot key leaves the rest empty."""
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_selection_alone_holds_its_guarantee(tokens, keys, batch):
+    """Against the definition on the same keys; equal keys fill one bin, one hot key leaves the rest empty. Of one sequence up to 128K
+    tokens the last programs only select."""
     gpu()
-    key_sets, lengths = (0, 0, 1, 1, 1, 2), [tokens, max(1, tokens // 3)]
-    q, k = peaked_index(key_sets, num_sets=3, batch=2, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=tokens, device="cuda")
+    key_sets, lengths = (0, 0, 1, 1, 1, 2), [tokens, max(1, tokens // 3)][:batch]
+    q, k = peaked_index(key_sets, num_sets=3, batch=batch, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=tokens, device="cuda")
     if keys != "peaked":
         k = torch.zeros_like(k)
     if keys == "one hot":
         k[:, tokens // 2] = 3 * q[:, [0, 2, 5]]
     k = k.to(torch.bfloat16)
     lengths_B = torch.tensor(lengths, dtype=torch.int32, device="cuda")
-    plan = plan_selection(key_sets, num_sets=3, batch=2, capacity=max(tokens, 64), device="cuda", cuda=True)
+    plan = plan_selection(key_sets, num_sets=3, batch=batch, capacity=max(tokens, 64), device="cuda", cuda=True)
     results = {}
     for impl in ("cuda", "cuda", "triton", "reference"):
         ids, count = score_and_select(q, k, plan=plan, lengths_B=lengths_B, scale=1.0, top_p=0.9, sinks=4, impl=impl)

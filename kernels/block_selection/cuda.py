@@ -15,7 +15,9 @@ WARPS, BLOCK, INDEX_DIM, COLUMNS, HISTOGRAM_BINS = 16, 64, 16, 8, 257
 # Blocks of a head that one program selects among, in items of a thread: what is fastest, and the most that sums hold.
 PART_ITEMS = (4, 8)
 MOST_PARTS = 32
-# Programs for each that selects only, at least.
+# Bytes from a token's index key to the next one's: a tile's are addressed by 32 bits.
+MOST_STEP = 1 << 24
+# Programs for each that selects only, at least, itself among them.
 FEWEST_SCORING = 16
 
 
@@ -86,7 +88,8 @@ def plan_cuda_selection(
         rows=batch * H, num_heads=H, capacity_blocks=N, programs=programs, part_items=items,
         readers_V4=torch.tensor(readers_of(key_sets), dtype=torch.int32, device=device), scores_BHN4=zeros(batch, H, N, 4),
         tops_C4=zeros(programs, 4), histograms_C=zeros(programs, HISTOGRAM_BINS, 4), launches_C=zeros(programs, dtype=torch.int32),
-        started=zeros(1, dtype=torch.int32),
+        # Read before the launch before has ended: a copy, which no launch overtakes.
+        started=torch.tensor([0], dtype=torch.int32, device=device),
     )  # fmt: skip
 
 
@@ -97,6 +100,8 @@ def index_obstacle(capability: tuple[int, int], index_q_BHR: torch.Tensor, index
         return f"it needs compute capability 9.0 or later, found {capability[0]}.{capability[1]}"
     if index_k_BSIR.dtype != torch.bfloat16 or index_k_BSIR.shape[3] != INDEX_DIM:
         return f"it takes {INDEX_DIM} bf16 index dimensions, found {index_k_BSIR.shape[3]} of {index_k_BSIR.dtype}"
+    if index_k_BSIR.stride(1) * index_k_BSIR.element_size() >= MOST_STEP:
+        return f"it takes index keys of a set less than {MOST_STEP} bytes apart, found {index_k_BSIR.stride()}"
     if index_q_BHR.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes index queries in fp32 or bf16, found {index_q_BHR.dtype}"
     return alignment_obstacle([("index_q", index_q_BHR, 16), ("index_k", index_k_BSIR, 16)]) or nvrtc_obstacle()
@@ -144,8 +149,8 @@ def describe(
         grid=(plan.programs,),
         arguments=(
             index_q_BHR, index_k_BSIR, lengths_B, plan.readers_V4, plan.scores_BHN4, plan.tops_C4, plan.histograms_C, plan.launches_C,
-            plan.started, ids_BHN, count_BH, index_q_BHR.shape[0], plan.num_heads, plan.readers_V4.shape[0], plan.capacity_blocks,
-            plan.most_parts, plan.selectors, sinks, float(scale), *index_strides(index_q_BHR, index_k_BSIR),
+            plan.started, ids_BHN, count_BH, index_q_BHR.shape[0], index_k_BSIR.shape[1], plan.num_heads, plan.readers_V4.shape[0],
+            plan.capacity_blocks, plan.most_parts, plan.selectors, sinks, float(scale), *index_strides(index_q_BHR, index_k_BSIR),
         ),
         constants=index_constants(plan.part_items, index_q_BHR, index_k_BSIR, top_p),
         num_warps=WARPS,

@@ -349,8 +349,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         stamp(stamps, 7);
     }
 
-    // Spans in turn: the local heads, where the program has any, then chunks of the lists. The last warp, which has the fewest tiles of index keys,
-    // is one ahead of the others; a span that begins at -1 ends them.
+    // Spans in turn: the local heads, where the program has any, then chunks of the lists. The last warp, which has the fewest tiles of one sequence's
+    // index keys, is one ahead of the others; a span that begins at -1 ends them.
     const int warp = threadIdx.x / 32;
     if (warp == FINDER) {
         int first_list = 0;
@@ -382,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         }
     } else {
         u32 end = 0;  // steps of all spans so far
-        // The last of these warps, which have fewer tiles of index keys, begin.
+        // The last of these warps, which have fewer tiles of one sequence's index keys, begin.
         u32 weighs = FINDER - 1 - warp;
 #pragma unroll 1
         for (int turn = 0;; turn++) {

@@ -19,8 +19,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_and_select(
     u32* started,                // [1]: how many programs of this launch
     int* ids,                    // int32 [B, H, N]
     int* count,                  // int32 [B, H]
-    int batch, int num_heads, int num_readers, int capacity, int most_parts, int selectors, int sinks, float index_scale, long stride_iqb,
-    long stride_iqh, long stride_ikb, long stride_iki
+    int batch, int tokens, int num_heads, int num_readers, int capacity, int most_parts, int selectors, int sinks, float index_scale,
+    long stride_iqb, long stride_iqh, long stride_ikb, long stride_iki
 ) {
     __shared__ SelectionShared shared;
     __shared__ int order;
@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_and_select(
         if (threadIdx.x == 0) order = atomicInc(started, programs - 1);
         __syncthreads();
         program = order;
-        if (program < scoring) ask_for_share(s, program, scoring);
+        if (program < scoring) ask_for_share(s, tokens, program, scoring);
     }
     follow_launch_before();
     const u32 launched = launch_before(launches + program);

@@ -223,13 +223,13 @@ struct WarpShare {
 };
 
 // Lets a warp's first tile come to the L2 cache. It may be called before the launch before has ended: no key of an earlier token depends on it, and
-// a length that it is about to write decides only what is asked for, within the capacity.
-__device__ __forceinline__ void ask_for_share(const Scoring& s, int program, int programs) {
+// a length that it is about to write decides only what is asked for. tokens: the keys that there is memory for.
+__device__ __forceinline__ void ask_for_share(const Scoring& s, int tokens, int program, int programs) {
     if (s.batch > 1 || s.num_readers > programs * WARPS || KEY_STRIDE != 2 * INDEX_DIM) return;
     WarpShare share(s.num_readers, program, programs);
-    const int now = *const_cast<const volatile int*>(s.lengths), length = min(now, (s.capacity - 1) * BLOCK);
+    const int now = *const_cast<const volatile int*>(s.lengths), length = min(now, tokens);
     if ((share.tile + 1) * TILE_KEYS > length || threadIdx.x % 32) return;
-    prefetch<TILE_KEYS * KEY_STRIDE>(s.keys + s.readers[share.v].x * s.stride_i + (long)share.tile * (TILE_KEYS * KEY_STRIDE));
+    prefetch<TILE_KEYS * 2 * INDEX_DIM>(s.keys + s.readers[share.v].x * s.stride_i + (long)share.tile * (TILE_KEYS * KEY_STRIDE));
 }
 
 // This program's share of all tiles. launched: the launch before.

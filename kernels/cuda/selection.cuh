@@ -97,7 +97,8 @@ struct Whole {
 
 // What a block counts: `bin + 1` above the high limb of its mass, and the low limb.
 __device__ __forceinline__ void weigh(float best, float sum, float top, bool forced, u32& word, u32& low) {
-    float mass = fmaf(sum * exp2_fast((best - top) * LOG2E), 4294967296.f, 0.5f);
+    // Scores that are no numbers have no mass; fmaxf gives the other one.
+    float mass = fmaxf(fmaf(sum * exp2_fast((best - top) * LOG2E), 4294967296.f, 0.5f), 0.5f);
     // Powers of two and the difference are exact.
     Whole high(mass * (1.f / (1 << LIMB_BITS))), bin(fminf((top - best) * 8.f, BINS - 1.f));
     word = (forced ? 0 : bin.bits() + 1) << HIGH_BITS | high.bits();
