@@ -326,9 +326,10 @@ def section_sweep():
     for tokens in (K32, K128, M1):
         for share in (0.005, 0.01, 0.03, 0.1, 0.25):
             rows.append(time_selected("A", tokens, share))
-            rows += [time_decode("A", tokens, impl=impl, share=share) for impl in ("fused", "composed")]
-            rows += [time_decode(layout, tokens, impl="composed", share=share, read_once=True) for layout in ("A", "C")]
-            rows += [time_decode("C", tokens, impl=impl, share=share) for impl in ("fused", "composed")]
+            for layout in ("A", "C"):
+                inputs = rotated_inputs(layout, tokens, share=share)
+                rows += [time_decode(layout, tokens, impl=impl, inputs=inputs, share=share) for impl in ("cuda", "fused", "composed")]
+                rows.append(time_decode(layout, tokens, impl="composed", inputs=inputs, share=share, read_once=True))
     return rows
 
 
