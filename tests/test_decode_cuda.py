@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_decode_layer import LAYERS, QWEN, check_smaller_batches, layer_request, run_layer, with_precision
 
+import rtpurbo.kernels.cuda as kernels_cuda
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.block_selection.cuda import describe as describe_selection
 from rtpurbo.kernels.block_selection.cuda import part_items_for, plan_cuda_selection, readers_of
@@ -49,6 +50,23 @@ def test_both_kernels_compile(change, capability):
         image = launch.kernel.compile(launch.constants | change, capability)
         assert image[:4] == b"\x7fELF"
         assert launch.kernel.name.encode() in image
+
+
+@needs_nvrtc
+def test_a_kernel_is_compiled_once_and_again_where_its_file_was_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants, compiled = (("TOP_P", 0.875),), []
+    compile_now = kernels_cuda._compile
+    monkeypatch.setattr(kernels_cuda, "_compile", lambda *arguments: compiled.append(arguments[0]) or compile_now(*arguments))
+    build = kernels_cuda._compiled.__wrapped__
+    image = build("score_and_select", constants, 90)
+    assert build("score_and_select", constants, 90) == image
+    assert compiled == ["score_and_select"]
+    (kept,) = tmp_path.rglob("*.cubin")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert build("score_and_select", constants, 90) == image
+    build("score_and_select", (("TOP_P", 0.5),), 90)
+    assert compiled == ["score_and_select"] * 3
 
 
 @needs_nvrtc

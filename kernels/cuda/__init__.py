@@ -1,6 +1,10 @@
-"""Kernels written in CUDA C++, compiled by NVRTC: it comes with PyTorch for GPUs, or as the wheel nvidia-cuda-nvrtc."""
+"""Kernels written in CUDA C++, compiled by NVRTC: it comes with PyTorch for GPUs, or as the wheel nvidia-cuda-nvrtc.
+
+What was compiled once is kept beside what Triton keeps (TRITON_CACHE_DIR), by a digest of the sources, the macros and NVRTC's version.
+"""
 
 import ctypes
+import hashlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ import torch
 from rtpurbo.kernels.driver import Function, tensor_map
 
 SOURCES = Path(__file__).parent
-_SUCCESS = 0
+_SUCCESS, _DIGEST_BYTES = 0, 32
 # CUtensorMapSwizzle.
 _SWIZZLE_128B = 3
 Constants = tuple[tuple[str, Any], ...]
@@ -92,11 +96,26 @@ def _loaded(kernel: CudaKernel, constants: Constants, device: int) -> Function:
 
 @cache
 def _compiled(name: str, constants: Constants, capability: int) -> bytes:
-    library, program, path = _nvrtc(), ctypes.c_void_p(), SOURCES / f"{name}.cu"
+    """The cubin, from the cache on disk or from NVRTC."""
+    from triton.runtime.cache import get_cache_manager
+
     options = [
-        f"--gpu-architecture=sm_{capability}", "--std=c++17", "-default-device", f"-I{SOURCES}",
-        *(f"-D{macro}={value}" for macro, value in constants),
+        f"--gpu-architecture=sm_{capability}", "--std=c++17", "-default-device", *(f"-D{macro}={value}" for macro, value in constants)
     ]  # fmt: skip
+    sources = [(path.name, path.read_bytes()) for path in sorted(SOURCES.glob("*.cu*"))]
+    kept = get_cache_manager(hashlib.sha256(repr((_nvrtc_version(), name, options, sources)).encode()).hexdigest())
+    path = kept.get_file(f"{name}.cubin")
+    blob = b"" if path is None else Path(path).read_bytes()
+    # A file that something else has written to is compiled again.
+    digest, image = blob[:_DIGEST_BYTES], blob[_DIGEST_BYTES:]
+    if digest != hashlib.sha256(image).digest():
+        image = _compile(name, [*options, f"-I{SOURCES}"], capability)
+        kept.put(hashlib.sha256(image).digest() + image, f"{name}.cubin", binary=True)
+    return image
+
+
+def _compile(name: str, options: list[str], capability: int) -> bytes:
+    library, program, path = _nvrtc(), ctypes.c_void_p(), SOURCES / f"{name}.cu"
     words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     if library.nvrtcCreateProgram(ctypes.byref(program), path.read_bytes(), path.name.encode(), 0, None, None) != _SUCCESS:
         raise ValueError(f"{path.name}: NVRTC does not take the source")
@@ -107,6 +126,12 @@ def _compiled(name: str, constants: Constants, capability: int) -> bytes:
         return _bytes_of(program, "CUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
 
 
 def _bytes_of(program: ctypes.c_void_p, what: str) -> bytes:
