@@ -117,19 +117,9 @@ def test_few_programs_with_many_parts_attend_to_all_local_heads():
     check(layer_request(**layer, lengths=[300], capacity=64 * 2049, dim=64, dtype=torch.bfloat16), programs=4)
 
 
-def test_top_p_of_1_selects_every_block():
-    q, k = torch.ones(1, 1, 16), torch.zeros(1, 64 * 40, 1, 16, dtype=torch.bfloat16)
-    k[0, 700] = 8
-    plan = plan_cuda_selection((0,), batch=1, capacity=64 * 40, device=torch.device("cpu"), block_size=64)
-    assert plan is not None
-    ids, count = torch.zeros(1, 1, 40, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-    run_on_cpu(describe_selection(plan, q, k, torch.tensor([64 * 40], dtype=torch.int32), 1.0, 1.0, 4, ids, count))
-    assert ids[0, 0].tolist() == list(range(40))
-
-
-def check_selection(q, k, lengths, key_sets, *, capacity, launches=2, plan_batch=None, programs=None, **macros):
-    """ids and counts of the last of some launches with one plan equal the definition's."""
-    (batch, heads), num_sets = q.shape[:2], k.shape[2]
+def select(q, k, lengths, key_sets, *, capacity, top_p=0.9, launches=1, plan_batch=None, programs=None, **macros):
+    """The plan, and ids and counts of the last of some launches with it. macros: of tests/cuda_on_cpu."""
+    batch, heads = q.shape[:2]
     plan = plan_cuda_selection(
         key_sets, batch=plan_batch or batch, capacity=capacity, device=torch.device("cpu"), block_size=64, programs=programs
     )
@@ -137,11 +127,17 @@ def check_selection(q, k, lengths, key_sets, *, capacity, launches=2, plan_batch
     plan = on_cpu_plan(plan)
     ids, count = torch.zeros(batch, heads, plan.capacity_blocks, dtype=torch.int32), torch.zeros(batch, heads, dtype=torch.int32)
     for _ in range(launches):
-        launch = describe_selection(plan, q, k, lengths, 1.0, 0.9, 4, ids, count)
+        launch = describe_selection(plan, q, k, torch.tensor(lengths, dtype=torch.int32), 1.0, top_p, 4, ids, count)
         run_on_cpu(replace(launch, constants={**launch.constants, **macros}))
+    return plan, ids, count
+
+
+def check_selection(q, k, lengths, key_sets, *, capacity, **options):
+    """ids and counts of the second of two launches with one plan equal the definition's; returns the plan and the counts."""
+    plan, ids, count = select(q, k, lengths, key_sets, capacity=capacity, launches=2, **options)
     wanted_ids, wanted = score_and_select(
-        q, k, plan=plan_selection(key_sets, num_sets=num_sets, batch=batch, capacity=capacity, device="cpu"), lengths_B=lengths, scale=1.0,
-        top_p=0.9, sinks=4,
+        q, k, plan=plan_selection(key_sets, num_sets=k.shape[2], batch=q.shape[0], capacity=capacity, device="cpu"),
+        lengths_B=torch.tensor(lengths, dtype=torch.int32), scale=1.0, top_p=0.9, sinks=4,
     )  # fmt: skip
     assert torch.equal(count, wanted)
     listed = torch.arange(ids.shape[2]) < count[..., None]
@@ -149,30 +145,45 @@ def check_selection(q, k, lengths, key_sets, *, capacity, launches=2, plan_batch
     return plan, count
 
 
+def test_top_p_of_1_selects_every_block():
+    q, k = torch.ones(1, 1, 16), torch.zeros(1, 64 * 40, 1, 16, dtype=torch.bfloat16)
+    k[0, 700] = 8
+    _, ids, _ = select(q, k, [64 * 40], (0,), capacity=64 * 40, top_p=1.0)
+    assert ids[0, 0].tolist() == list(range(40))
+
+
+def test_a_key_that_is_no_number_costs_no_block_that_is_always_taken():
+    q, k = peaked_index((0,), num_sets=1, batch=1, tokens=64 * 20, hot_share=0.1, dtype=torch.float32, seed=5, device="cpu")
+    k = k.to(torch.bfloat16)
+    k[0, 64 * 19 + 3] = float("nan")
+    _, ids, count = select(q, k, [64 * 20], (0,), capacity=64 * 20)
+    assert {0, 18, 19} <= set(ids[0, 0, : count[0, 0]].tolist())
+
+
 @pytest.mark.parametrize("keys", ["peaked", "equal", "one hot"])
 @pytest.mark.parametrize("tokens", [1, 65, 64 * 513 + 1])
 def test_a_selection_alone_equals_its_definition(tokens, keys):
-    key_sets, lengths = (0, 0, 1), torch.tensor([tokens, max(1, tokens // 3)], dtype=torch.int32)
+    key_sets = (0, 0, 1)
     q, k = peaked_index(key_sets, num_sets=2, batch=2, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=tokens, device="cpu")
     if keys != "peaked":
         k = torch.zeros_like(k)
     if keys == "one hot":
         k[:, tokens // 2] = 3 * q[:, [0, 2]]
-    check_selection(q, k.to(torch.bfloat16), lengths, key_sets, capacity=tokens)
+    check_selection(q, k.to(torch.bfloat16), [tokens, max(1, tokens // 3)], key_sets, capacity=tokens)
 
 
+@pytest.mark.parametrize("plan_batch", [1, 2])
 @pytest.mark.parametrize(("sets", "tokens"), [((0,), 100), ((0,), 64 * 40), ((0,), 64 * 300 + 7), ((0, 1), 64 * 70 + 1)], ids=str)
-def test_programs_that_only_select_equal_its_definition(sets, tokens):
+def test_programs_that_only_select_equal_its_definition(sets, tokens, plan_batch):
     """One program in 16 selects, whichever starts last: the last one of the grid comes first, and there is room for no more at a time than
-    those that select. As many tokens as the plan's, and half of them."""
+    those that select. As many tokens as the plan's, and half of them; as many sequences, and half of them."""
     q, k = peaked_index(sets, num_sets=len(sets), batch=1, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=tokens, device="cpu")
-    k = k.to(torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2)
+    k, rows = k.to(torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2), plan_batch * len(sets)
     for length in (tokens, max(1, tokens // 2)):
-        lengths = torch.tensor([length], dtype=torch.int32)
-        plan, count = check_selection(q, k, lengths, sets, capacity=tokens, programs=16 * len(sets), ROOM=len(sets))
-        assert plan.selectors == len(sets)
-    assert plan.started.item() == 0
-    assert tokens < 64 * 40 or (count < 0.5 * -(-length // 64)).all()
+        plan, count = check_selection(q, k, [length], sets, capacity=tokens, plan_batch=plan_batch, programs=16 * rows, ROOM=rows)
+        assert plan.selectors == rows
+        assert plan.started.item() == 0
+        assert tokens < 64 * 40 or (count < 0.5 * -(-length // 64)).all()
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 8])
@@ -180,21 +191,10 @@ def test_heads_that_share_a_set_of_keys_stored_token_by_token_equal_the_definiti
     """Two sets side by side in memory, one of them read by so many heads."""
     key_sets, tokens = (*[0] * heads, 1), 64 * 19 + 33
     q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=heads, device="cpu")
-    check_selection(q, k.to(torch.bfloat16), torch.tensor([tokens], dtype=torch.int32), key_sets, capacity=tokens)
+    check_selection(q, k.to(torch.bfloat16), [tokens], key_sets, capacity=tokens)
 
 
 def test_queries_in_bf16_equal_the_definition():
     key_sets, tokens = (0, 1, 1, 1), 64 * 17
     q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=3, device="cpu")
-    check_selection(q.to(torch.bfloat16), k.to(torch.bfloat16), torch.tensor([tokens], dtype=torch.int32), key_sets, capacity=tokens)
-
-
-def test_a_key_that_is_no_number_costs_no_block_that_is_always_taken():
-    q, k = peaked_index((0,), num_sets=1, batch=1, tokens=64 * 20, hot_share=0.1, dtype=torch.float32, seed=5, device="cpu")
-    k = k.to(torch.bfloat16)
-    k[0, 64 * 19 + 3] = float("nan")
-    plan = plan_cuda_selection((0,), batch=1, capacity=64 * 20, device=torch.device("cpu"), block_size=64)
-    assert plan is not None
-    ids, count = torch.zeros(1, 1, 20, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-    run_on_cpu(describe_selection(plan, q, k, torch.tensor([64 * 20], dtype=torch.int32), 1.0, 0.9, 4, ids, count))
-    assert {0, 18, 19} <= set(ids[0, 0, : count[0, 0]].tolist())
+    check_selection(q.to(torch.bfloat16), k.to(torch.bfloat16), [tokens], key_sets, capacity=tokens)

@@ -17,8 +17,8 @@ PART_ITEMS = (4, 8)
 MOST_PARTS = 32
 # Bytes from a token's index key to the next one's: a tile's are addressed by 32 bits.
 MOST_STEP = 1 << 24
-# Programs for each that selects only, at least, itself among them.
-FEWEST_SCORING = 16
+# Programs for each that only selects, at least, itself among them.
+PROGRAMS_A_SELECTOR = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class CudaSelectionPlan:
     @property
     def selectors(self) -> int:
         """Programs that select a head each and score nothing; 0: all score, and must run at once (heads in parts, or many of them)."""
-        return self.rows if self.most_parts == 1 and self.rows * FEWEST_SCORING <= self.programs else 0
+        return self.rows if self.most_parts == 1 and self.rows * PROGRAMS_A_SELECTOR <= self.programs else 0
 
 
 def readers_of(key_sets: Sequence[int]) -> list[tuple[int, int, int, int]]:

@@ -59,9 +59,6 @@ __device__ __forceinline__ u32 number_after(u32 launched) {
 
 __device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(FULL, x); }
 
-// Whether all lanes have the same.
-__device__ __forceinline__ bool same_in_all(u32 x) { return __all_sync(FULL, x == __shfl_sync(FULL, x, 0)); }
-
 // A whole number that is as large, compared with that of others, as the float is.
 __device__ __forceinline__ int ordered(float x) {
     int bits = __float_as_int(x);

@@ -146,13 +146,13 @@ struct SharedTile {
     }
 
     __device__ __forceinline__ void score(uint2 q, int tokens, int heads, float scale, Record* records, long stride_head, u32 launch) const {
-        constexpr int STRIPS_A_PRODUCT = 8 / COLUMNS, COUNT = COLUMNS;
+        constexpr int STRIPS_A_PRODUCT = 8 / COLUMNS;
         int r = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
         for (int block = 0; block < 2; block++) {
-            float scores[2][COUNT];  // of columns 2c, 2c + 1
+            float scores[2][COLUMNS];  // of columns 2c, 2c + 1
 #pragma unroll
-            for (int n = 0; n < COUNT / 2; n++) {
+            for (int n = 0; n < COLUMNS / 2; n++) {
                 float d[4] = {};
 #pragma unroll
                 for (int x = 0; x < STRIPS_A_PRODUCT; x++) {
