@@ -118,7 +118,7 @@ def test_few_programs_with_many_parts_attend_to_all_local_heads():
 
 
 def select(q, k, lengths, key_sets, *, capacity, top_p=0.9, launches=1, plan_batch=None, programs=None, **macros):
-    """The plan, and ids and counts of the last of some launches with it. macros: of tests/cuda_on_cpu."""
+    """The plan, and ids, counts and masks of the last of some launches with it. macros: of tests/cuda_on_cpu."""
     batch, heads = q.shape[:2]
     plan = plan_cuda_selection(
         key_sets, batch=plan_batch or batch, capacity=capacity, device=torch.device("cpu"), block_size=64, programs=programs
@@ -126,19 +126,24 @@ def select(q, k, lengths, key_sets, *, capacity, top_p=0.9, launches=1, plan_bat
     assert plan is not None
     plan = on_cpu_plan(plan)
     ids, count = torch.zeros(batch, heads, plan.capacity_blocks, dtype=torch.int32), torch.zeros(batch, heads, dtype=torch.int32)
+    mask = torch.full((batch, heads, -(-plan.capacity_blocks // 32)), 0x5A5A5A5A, dtype=torch.int32)
     for _ in range(launches):
-        launch = describe_selection(plan, q, k, torch.tensor(lengths, dtype=torch.int32), 1.0, top_p, 4, ids, count)
+        launch = describe_selection(plan, q, k, torch.tensor(lengths, dtype=torch.int32), 1.0, top_p, 4, ids, count, mask)
         run_on_cpu(replace(launch, constants={**launch.constants, **macros}))
-    return plan, ids, count
+    return plan, ids, count, mask
 
 
 def check_selection(q, k, lengths, key_sets, *, capacity, **options):
-    """ids and counts of the second of two launches with one plan equal the definition's; returns the plan and the counts."""
-    plan, ids, count = select(q, k, lengths, key_sets, capacity=capacity, launches=2, **options)
+    """ids, counts and masks of the second of two launches with one plan equal the definition's; returns the plan and the counts."""
+    plan, ids, count, mask = select(q, k, lengths, key_sets, capacity=capacity, launches=2, **options)
+    reference = plan_selection(key_sets, num_sets=k.shape[2], batch=q.shape[0], capacity=capacity, device="cpu", masks=True)
     wanted_ids, wanted = score_and_select(
-        q, k, plan=plan_selection(key_sets, num_sets=k.shape[2], batch=q.shape[0], capacity=capacity, device="cpu"),
-        lengths_B=torch.tensor(lengths, dtype=torch.int32), scale=1.0, top_p=0.9, sinks=4,
-    )  # fmt: skip
+        q, k, plan=reference, lengths_B=torch.tensor(lengths, dtype=torch.int32), scale=1.0, top_p=0.9, sinks=4
+    )
+    assert reference.mask_BHW is not None
+    for b, length in enumerate(lengths):
+        words = -(-length // (64 * 32))
+        assert torch.equal(mask[b, :, :words], reference.mask_BHW[b, :, :words])
     assert torch.equal(count, wanted)
     listed = torch.arange(ids.shape[2]) < count[..., None]
     assert torch.equal(ids[listed], wanted_ids[..., : ids.shape[2]][listed])
@@ -148,7 +153,7 @@ def check_selection(q, k, lengths, key_sets, *, capacity, **options):
 def test_top_p_of_1_selects_every_block():
     q, k = torch.ones(1, 1, 16), torch.zeros(1, 64 * 40, 1, 16, dtype=torch.bfloat16)
     k[0, 700] = 8
-    _, ids, _ = select(q, k, [64 * 40], (0,), capacity=64 * 40, top_p=1.0)
+    _, ids, _, _ = select(q, k, [64 * 40], (0,), capacity=64 * 40, top_p=1.0)
     assert ids[0, 0].tolist() == list(range(40))
 
 
@@ -156,7 +161,7 @@ def test_a_key_that_is_no_number_costs_no_block_that_is_always_taken():
     q, k = peaked_index((0,), num_sets=1, batch=1, tokens=64 * 20, hot_share=0.1, dtype=torch.float32, seed=5, device="cpu")
     k = k.to(torch.bfloat16)
     k[0, 64 * 19 + 3] = float("nan")
-    _, ids, count = select(q, k, [64 * 20], (0,), capacity=64 * 20)
+    _, ids, count, _ = select(q, k, [64 * 20], (0,), capacity=64 * 20)
     assert {0, 18, 19} <= set(ids[0, 0, : count[0, 0]].tolist())
 
 
@@ -170,6 +175,15 @@ def test_a_selection_alone_equals_its_definition(tokens, keys):
     if keys == "one hot":
         k[:, tokens // 2] = 3 * q[:, [0, 2]]
     check_selection(q, k.to(torch.bfloat16), [tokens, max(1, tokens // 3)], key_sets, capacity=tokens)
+
+
+def test_a_selection_in_parts_equals_its_definition():
+    """Three parts of one head and one of the other sequence's, whose blocks are no multiple of 32."""
+    tokens = 64 * 4201 + 1
+    q, k = peaked_index((0,), num_sets=1, batch=2, tokens=tokens, hot_share=0.05, dtype=torch.float32, seed=1, device="cpu")
+    plan, count = check_selection(q, k.to(torch.bfloat16), [tokens, 64 * 600 + 5], (0,), capacity=tokens, programs=8)
+    assert plan.most_parts == 3
+    assert (count > 20).all()
 
 
 @pytest.mark.parametrize("plan_batch", [1, 2])
