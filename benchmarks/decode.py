@@ -139,7 +139,7 @@ def time_selected(layout: str, tokens: int, share: float, *, batch=1, name="atte
     )  # fmt: skip
 
 
-def layer_inputs(layout: str, tokens: int, num: int, *, batch: int = 1, capacity: int = 0, share: float = 0.03):
+def layer_inputs(layout: str, tokens: int, num: int, *, batch: int = 1, capacity: int = 0, share: float = 0.03, fp8: bool = False):
     """Rotated tensors of a layer whose newest `tokens` of `capacity` are filled; index keys stored set by set."""
     facts, held = LAYOUTS[layout], max(tokens, capacity)
     key_set, groups = facts["key_set"], len(facts["counts"])
@@ -148,7 +148,7 @@ def layer_inputs(layout: str, tokens: int, num: int, *, batch: int = 1, capacity
         index_q, index_k = peaked_index(
             key_set, num_sets=max(key_set) + 1, batch=batch, tokens=tokens, hot_share=share, device="cuda", seed=seed, dtype=torch.float32
         )
-        index_k = index_k.to(torch.bfloat16)
+        index_k = index_k.to(torch.float8_e4m3fn if fp8 else torch.bfloat16)
         index_k = torch.cat([index_k, index_k.new_zeros(batch, held - tokens, *index_k.shape[2:])], dim=1)
         ((k, v),) = kv_buffers(batch, held, groups, 1)
         ring_k, ring_v = kv_buffers(batch, WINDOW + SINKS, 4 - groups, 1)[0] if groups < 4 else (None, None)
@@ -179,24 +179,24 @@ def layer_plan(
     return replace(plan, fused=plan_fused(**shape, **fused)) if fused else plan
 
 
-def layer_bytes(layout: str, tokens: int, batch: int, kept: float) -> float:
+def layer_bytes(layout: str, tokens: int, batch: int, kept: float, *, fp8: bool = False) -> float:
     """Bytes that one step has to read: index keys, selected blocks, windows."""
     facts = LAYOUTS[layout]
     local_groups = 4 - sum(count == 8 for count in facts["counts"])
-    index = tokens * (max(facts["key_set"]) + 1) * R * 2
+    index = tokens * (max(facts["key_set"]) + 1) * R * (1 if fp8 else 2)
     return batch * (index + (kept * tokens * len(facts["heads"]) + min(tokens, WINDOW + SINKS) * local_groups) * D * 4)
 
 
-def rotated_inputs(layout: str, tokens: int, *, batch=1, capacity=0, share=0.03):
+def rotated_inputs(layout: str, tokens: int, *, batch=1, capacity=0, share=0.03, fp8=False):
     # Several sets also where two would do: times differ by some per cent with where a cache happens to lie.
     most = max(2, min(16, int(40e9 // (batch * max(tokens, capacity) * D * 4))))
     num = rotations(int(layer_bytes(layout, tokens, batch, share)), at_least=min(8, most), at_most=most)
-    return layer_inputs(layout, tokens, num, batch=batch, capacity=capacity, share=share)
+    return layer_inputs(layout, tokens, num, batch=batch, capacity=capacity, share=share, fp8=fp8)
 
 
-def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, capacity=0, share=0.03, name="layer", **fused):
+def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, capacity=0, share=0.03, fp8=False, name="layer", **fused):
     """The whole layer's step by `decode_layer`."""
-    inputs = inputs or rotated_inputs(layout, tokens, batch=batch, capacity=capacity, share=share)
+    inputs = inputs or rotated_inputs(layout, tokens, batch=batch, capacity=capacity, share=share, fp8=fp8)
     plan = layer_plan(layout, tokens, batch=batch, capacity=capacity, **fused)
     lengths = lengths_of(batch, tokens)
 
@@ -207,8 +207,10 @@ def time_decode(layout: str, tokens: int, *, impl: str, inputs=None, batch=1, ca
     _, selection = step(inputs[0])()
     assert selection is not None
     kept = float(selection[1].float().mean()) * BLOCK / tokens
-    gb_s = layer_bytes(layout, tokens, batch, kept) / timing.median_us / 1000.0
-    variant = " ".join([impl, *(f"{key}={value}" for key, value in fused.items()), *([f"capacity={capacity}"] if capacity else [])])
+    gb_s = layer_bytes(layout, tokens, batch, kept, fp8=fp8) / timing.median_us / 1000.0
+    variant = " ".join(
+        [impl, *(f"{key}={value}" for key, value in fused.items()), *["fp8"] * fp8, *[f"capacity={capacity}"] * (capacity > 0)]
+    )
     return row(
         name, layout, tokens, timing, batch=batch, gb_s=round(gb_s), read_share=round(gb_s / READ_BANDWIDTH_GB_S, 3),
         kept_share=round(kept, 4), variant=variant,
@@ -317,7 +319,9 @@ def one_step(layout: str, tokens: int, *, capacity: int = 0, **fused: Any) -> Ca
 def section_select():
     rows = [time_select(layout, tokens, impl=impl) for tokens in (K32, K128, M1) for layout in LAYOUTS for impl in ("cuda", "triton")]
     rows += [time_select("A", tokens, by_set=False) for tokens in (K128, M1)]
-    rows += [time_select(layout, tokens, fp8=True) for layout in ("A", "C") for tokens in (K128, M1)]
+    rows += [
+        time_select(layout, tokens, impl=impl, fp8=True) for tokens in (K32, K128, M1) for layout in LAYOUTS for impl in ("cuda", "triton")
+    ]
     return rows + [time_select(layout, K32, capacity=M1) for layout in LAYOUTS]
 
 

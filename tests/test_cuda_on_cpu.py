@@ -77,6 +77,11 @@ def test_windows_at_their_edges_equal_fp64(length, sinks, window):
     check(layer_request(**layer, lengths=[length], seed=length, sinks=sinks, window=window, dim=64, dtype=torch.bfloat16))
 
 
+def test_every_lane_may_come_to_barriers():
+    """As compute-sanitizer's racecheck needs it."""
+    check(layer_request(**LAYERS["groups of 4, differing counts"], lengths=[64 * 17, 300], dim=64, dtype=torch.bfloat16), EVERY_LANE=1)
+
+
 def test_few_programs_attend_to_many_steps():
     """More steps than warps and slots: keys take a slot several times, and lists several chunks of a program."""
     layer = {"group_size": 2, "num_groups": 2, "counts": (2,), "key_sets": (0, 0)}
@@ -105,6 +110,13 @@ def test_programs_that_select_and_attend_equal_fp64(lengths, plan_batch):
     check(layer_request(**layer, lengths=lengths, dim=64, dtype=torch.bfloat16), programs=20, plan_batch=plan_batch)
 
 
+@pytest.mark.parametrize("layer", ["groups of 8, one retained", "groups of 4, differing counts"])
+def test_a_layer_with_fp8_index_keys_equals_fp64(layer):
+    request = layer_request(**LAYERS[layer], lengths=[64 * 17 + 1, 700], dim=64, dtype=torch.bfloat16)
+    request["index_k_BSIR"] = request["index_k_BSIR"].to(torch.float8_e4m3fn)
+    check(request)
+
+
 def test_heads_in_parts_equal_fp64():
     layer = {"group_size": 2, "num_groups": 1, "counts": (2,), "key_sets": (0, 1)}
     request = layer_request(**layer, lengths=[64 * 2100 + 3], capacity=64 * 2101, window=64, dim=64, dtype=torch.bfloat16, hot_share=0.05)
@@ -117,7 +129,7 @@ def test_few_programs_with_many_parts_attend_to_all_local_heads():
     check(layer_request(**layer, lengths=[300], capacity=64 * 2049, dim=64, dtype=torch.bfloat16), programs=4)
 
 
-def select(q, k, lengths, key_sets, *, capacity, top_p=0.9, launches=1, plan_batch=None, programs=None, **macros):
+def select(q, k, lengths, key_sets, *, capacity, top_p=0.9, scale=1.0, launches=1, plan_batch=None, programs=None, **macros):
     """The plan, and ids, counts and masks of the last of some launches with it. macros: of tests/cuda_on_cpu."""
     batch, heads = q.shape[:2]
     plan = plan_cuda_selection(
@@ -128,17 +140,17 @@ def select(q, k, lengths, key_sets, *, capacity, top_p=0.9, launches=1, plan_bat
     ids, count = torch.zeros(batch, heads, plan.capacity_blocks, dtype=torch.int32), torch.zeros(batch, heads, dtype=torch.int32)
     mask = torch.full((batch, heads, -(-plan.capacity_blocks // 32)), 0x5A5A5A5A, dtype=torch.int32)
     for _ in range(launches):
-        launch = describe_selection(plan, q, k, torch.tensor(lengths, dtype=torch.int32), 1.0, top_p, 4, ids, count, mask)
+        launch = describe_selection(plan, q, k, torch.tensor(lengths, dtype=torch.int32), scale, top_p, 4, ids, count, mask)
         run_on_cpu(replace(launch, constants={**launch.constants, **macros}))
     return plan, ids, count, mask
 
 
-def check_selection(q, k, lengths, key_sets, *, capacity, **options):
+def check_selection(q, k, lengths, key_sets, *, capacity, scale=1.0, **options):
     """ids, counts and masks of the second of two launches with one plan equal the definition's; returns the plan and the counts."""
-    plan, ids, count, mask = select(q, k, lengths, key_sets, capacity=capacity, launches=2, **options)
+    plan, ids, count, mask = select(q, k, lengths, key_sets, capacity=capacity, scale=scale, launches=2, **options)
     reference = plan_selection(key_sets, num_sets=k.shape[2], batch=q.shape[0], capacity=capacity, device="cpu", masks=True)
     wanted_ids, wanted = score_and_select(
-        q, k, plan=reference, lengths_B=torch.tensor(lengths, dtype=torch.int32), scale=1.0, top_p=0.9, sinks=4
+        q, k, plan=reference, lengths_B=torch.tensor(lengths, dtype=torch.int32), scale=scale, top_p=0.9, sinks=4
     )
     assert reference.mask_BHW is not None
     for b, length in enumerate(lengths):
@@ -200,15 +212,39 @@ def test_programs_that_only_select_equal_its_definition(sets, tokens, plan_batch
         assert tokens < 64 * 40 or (count < 0.5 * -(-length // 64)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 8])
-def test_heads_that_share_a_set_of_keys_stored_token_by_token_equal_the_definition(heads):
+def test_heads_that_share_a_set_of_keys_stored_token_by_token_equal_the_definition(heads, dtype):
     """Two sets side by side in memory, one of them read by so many heads."""
     key_sets, tokens = (*[0] * heads, 1), 64 * 19 + 33
     q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=heads, device="cpu")
-    check_selection(q, k.to(torch.bfloat16), [tokens], key_sets, capacity=tokens)
+    _, count = check_selection(q, k.to(dtype), [tokens], key_sets, capacity=tokens)
+    assert ((count > 0.05 * 20) & (count < 0.5 * 20)).all()
 
 
-def test_queries_in_bf16_equal_the_definition():
+@pytest.mark.parametrize("tokens", [1, 15, 17, 63, 65, 127, 129, 64 * 40 - 15])
+@pytest.mark.parametrize("heads", [1, 2, 3], ids=lambda heads: f"{heads} heads")
+def test_fp8_keys_equal_the_definition_at_the_edges_of_blocks(tokens, heads):
+    key_sets = (0,) * heads
+    q, k = peaked_index(key_sets, num_sets=1, batch=2, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=tokens, device="cpu")
+    k = k.to(torch.float8_e4m3fn).transpose(1, 2).contiguous().transpose(1, 2)
+    check_selection(q, k, [tokens, max(1, tokens // 2)], key_sets, capacity=tokens)
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-20, 2.0**20, 2.0**100])
+@pytest.mark.parametrize("heads", [1, 2, 3], ids=lambda heads: f"{heads} heads")
+def test_queries_of_any_size_select_the_same_of_fp8_keys(size, heads):
+    """Beside a head of ordinary size; f16 alone would hold neither."""
+    key_sets, tokens = (0,) * heads, 64 * 20
+    q, k = peaked_index(key_sets, num_sets=1, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=3, device="cpu")
+    q *= size
+    q[:, 1:] *= 1 / size
+    _, count = check_selection(q, k.to(torch.float8_e4m3fn), [tokens], key_sets, capacity=tokens, scale=1 / size)
+    assert ((count[:, 0] > 2) & (count[:, 0] < 10)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_queries_in_bf16_equal_the_definition(dtype):
     key_sets, tokens = (0, 1, 1, 1), 64 * 17
     q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=3, device="cpu")
-    check_selection(q.to(torch.bfloat16), k.to(torch.bfloat16), [tokens], key_sets, capacity=tokens)
+    check_selection(q.to(torch.bfloat16), k.to(dtype), [tokens], key_sets, capacity=tokens)

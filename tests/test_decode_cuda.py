@@ -43,7 +43,9 @@ def launches():
 @needs_nvrtc
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize(
-    "change", [{}, {"HEAD_DIM": 64, "HALF_FLOAT": 1, "PART_ITEMS": 8, "INDEX_QUERY": "half_bits", "STAMPS": 1}], ids=str
+    "change",
+    [{}, {"HEAD_DIM": 64, "HALF_FLOAT": 1, "PART_ITEMS": 8, "INDEX_QUERY": "half_bits", "STAMPS": 1}, {"KEY_BITS": 8, "KEY_STRIDE": 16}],
+    ids=str,
 )
 def test_both_kernels_compile(change, capability):
     for launch in launches():
@@ -184,7 +186,7 @@ def test_tensors_that_do_not_suit_are_named():
     assert "a cache holds torch.float16, and q torch.bfloat16" in found(cache=cache.half())
     assert "heads in 16 bits, found torch.float32" in found(q=q.float())
     assert "less than 16777216 bytes apart" in found(index_k=index_k.as_strided((1, 1, 5, 16), (1 << 25, 1 << 23, 16, 1)))
-    assert "16 bf16 index dimensions, found 16 of torch.float32" in found(index_k=index_k.float())
+    assert "16 index dimensions in bf16 or fp8 e4m3, found 16 of torch.float32" in found(index_k=index_k.float())
     assert "out needs a contiguous last axis and other strides in multiples of 4 bytes" in found(
         out=torch.zeros(1, 32 * 128 + 1, dtype=torch.bfloat16)[:, 1:].view(1, 32, 128)
     )
@@ -261,6 +263,36 @@ def test_layers_equal_fp64_and_keep_a_twentieth_to_half_of_their_blocks(layer, d
     count = check(request)
     blocks = torch.tensor([-(-length // 64) for length in lengths if length > 0])[:, None]
     assert ((count >= 0.05 * blocks) & (count <= 0.5 * blocks)).all(), count
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("lengths", [[64 * 17 + 1], [64 * 16, 1100, 0, 64 * 18]], ids=["one", "batch"])
+def test_layers_with_fp8_index_keys_equal_fp64(layer, lengths):
+    gpu()
+    request = layer_request(**LAYERS[layer], lengths=lengths, dim=128, dtype=torch.bfloat16, device="cuda")
+    request["index_k_BSIR"] = request["index_k_BSIR"].to(torch.float8_e4m3fn)
+    check(request)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("size", [2.0**-60, 1.0, 2.0**60])
+def test_queries_of_any_size_select_the_same(heads, dtype, size):
+    """Beside a set of one head; stored token by token."""
+    gpu()
+    key_sets, tokens = (*[0] * heads, 1), 64 * 300 + 33
+    q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=heads, device="cuda")
+    plan = plan_selection(key_sets, num_sets=2, batch=1, capacity=tokens, device="cuda", cuda=True)
+    options = {"plan": plan, "lengths_B": torch.tensor([tokens], dtype=torch.int32, device="cuda"), "top_p": 0.9, "sinks": 4}
+    k = k.to(getattr(torch, dtype))
+    ids, count = score_and_select(q * size, k, **options, scale=1 / size, impl="cuda")
+    wanted_ids, wanted = score_and_select(q, k, **options, scale=1.0, impl="reference")
+    assert (count - wanted).abs().max() <= 1
+    assert ((count > 0.05 * 301) & (count < 0.5 * 301)).all()
+    for h in [h for h in range(heads + 1) if count[0, h] == wanted[0, h]]:
+        assert torch.equal(ids[0, h, : count[0, h]], wanted_ids[0, h, : count[0, h]])
 
 
 @pytest.mark.gpu
@@ -367,8 +399,8 @@ def test_selections_on_two_streams_do_not_wait_for_each_other():
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 64, 1000, 64 * 512, 64 * 2048 + 5, 1 << 20])
 @pytest.mark.parametrize("keys", ["peaked", "equal", "one hot"])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_a_selection_alone_holds_its_guarantee(tokens, keys, batch):
+@pytest.mark.parametrize(("batch", "dtype"), [(1, "bfloat16"), (2, "bfloat16"), (1, "float8_e4m3fn")])
+def test_a_selection_alone_holds_its_guarantee(tokens, keys, batch, dtype):
     """Against the definition on the same keys; equal keys fill one bin, one hot key leaves the rest empty. Of one sequence up to 128K
     tokens the last programs only select."""
     gpu()
@@ -378,7 +410,7 @@ def test_a_selection_alone_holds_its_guarantee(tokens, keys, batch):
         k = torch.zeros_like(k)
     if keys == "one hot":
         k[:, tokens // 2] = 3 * q[:, [0, 2, 5]]
-    k = k.to(torch.bfloat16)
+    k = k.to(getattr(torch, dtype))
     lengths_B = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     plan = plan_selection(key_sets, num_sets=3, batch=batch, capacity=max(tokens, 64), device="cuda", cuda=True, masks=True)
     results = {}

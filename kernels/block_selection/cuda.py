@@ -12,6 +12,7 @@ from rtpurbo.kernels.launch import Launch
 
 # As in the sources: warps of a program, keys of a block, index dimensions, heads that share a product, words of a part's histogram.
 WARPS, BLOCK, INDEX_DIM, COLUMNS, HISTOGRAM_BINS = 16, 64, 16, 8, 257
+KEY_DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
 # Blocks of a head that one program selects among, in items of a thread: what is fastest, and the most that sums hold.
 PART_ITEMS = (4, 8)
 MOST_PARTS = 32
@@ -98,8 +99,8 @@ def index_obstacle(capability: tuple[int, int], index_q_BHR: torch.Tensor, index
     # Records of 16 bytes are one operation of memory from Volta on; nothing older than Hopper was tried.
     if capability[0] < 9:
         return f"it needs compute capability 9.0 or later, found {capability[0]}.{capability[1]}"
-    if index_k_BSIR.dtype != torch.bfloat16 or index_k_BSIR.shape[3] != INDEX_DIM:
-        return f"it takes {INDEX_DIM} bf16 index dimensions, found {index_k_BSIR.shape[3]} of {index_k_BSIR.dtype}"
+    if index_k_BSIR.dtype not in KEY_DTYPES or index_k_BSIR.shape[3] != INDEX_DIM:
+        return f"it takes {INDEX_DIM} index dimensions in bf16 or fp8 e4m3, found {index_k_BSIR.shape[3]} of {index_k_BSIR.dtype}"
     if index_k_BSIR.stride(1) * index_k_BSIR.element_size() >= MOST_STEP:
         return f"it takes index keys of a set less than {MOST_STEP} bytes apart, found {index_k_BSIR.stride()}"
     if index_q_BHR.dtype not in (torch.float32, torch.bfloat16):
@@ -129,7 +130,7 @@ def index_constants(plan_items: int, index_q_BHR: torch.Tensor, index_k_BSIR: to
     """Macros of the sources that score and select."""
     return {
         "TOP_P": float(top_p), "PART_ITEMS": plan_items, "INDEX_QUERY": "float" if index_q_BHR.dtype == torch.float32 else "half_bits",
-        "KEY_STRIDE": index_k_BSIR.stride(1) * index_k_BSIR.element_size(),
+        "KEY_BITS": 8 * index_k_BSIR.element_size(), "KEY_STRIDE": index_k_BSIR.stride(1) * index_k_BSIR.element_size(),
     }  # fmt: skip
 
 

@@ -66,6 +66,12 @@ __device__ __forceinline__ u64 peek(const u64* place) {
 
 // ---- Keys and values, which are read once -----------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ u32 load_4(const char* p) {
+    u32 x;
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(x) : "l"(p));
+    return x;
+}
+
 __device__ __forceinline__ uint2 load_8(const char* p) {
     uint2 x;
     asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
@@ -140,6 +146,14 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
     u32 x;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
     return x;
+}
+
+// Four numbers of 8 bits, two of them in each word.
+__device__ __forceinline__ uint2 f16_of_e4m3(u32 x) {
+    uint2 y;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+        : "=r"(y.x), "=r"(y.y) : "r"(x));
+    return y;
 }
 
 __device__ __forceinline__ void multiply_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -9,7 +9,7 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) score_and_select(
     const INDEX_QUERY* index_q,  // [B, H, R]; strides in elements
-    const char* index_k,         // bf16 [B, S, I, R], last axis contiguous; strides in bytes
+    const char* index_k,         // bf16 or e4m3 [B, S, I, R], last axis contiguous; strides in bytes
     const int* lengths,          // int32 [B]
     const int4* readers,         // [V]: set, first head, heads of it, 0
     Record* scores,              // [B, H, N]

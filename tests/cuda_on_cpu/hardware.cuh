@@ -294,6 +294,7 @@ inline void prefetch(const char* p) {
     volatile char last = p[BYTES - 1];
     (void)last;
 }
+inline u32 load_4(const char* p) { return *reinterpret_cast<const u32*>(p); }
 inline uint2 load_8(const char* p) { return *reinterpret_cast<const uint2*>(p); }
 inline uint4 load_16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
 
@@ -367,6 +368,14 @@ inline u32 pack_f16(float low, float high) { return (u32)bits_of<uint16_t>((_Flo
 inline float half_of(u32 word, int n, bool bf16) {
     uint16_t bits = word >> 16 * n;
     return bf16 ? bits_of<float>((u32)bits << 16) : (float)bits_of<_Float16>(bits);
+}
+inline float e4m3_of(u32 bits) {
+    int exponent = bits >> 3 & 15, fraction = bits & 7;
+    float x = (bits & 0x7f) == 0x7f ? NAN : exponent ? std::ldexp(8.f + fraction, exponent - 10) : std::ldexp((float)fraction, -9);
+    return bits & 0x80 ? -x : x;
+}
+inline uint2 f16_of_e4m3(u32 x) {
+    return {pack_f16(e4m3_of(x & 0xff), e4m3_of(x >> 8 & 0xff)), pack_f16(e4m3_of(x >> 16 & 0xff), e4m3_of(x >> 24))};
 }
 inline void multiply_on_cpu(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, bool bf16) {
     auto words = gather({a0, a1, a2, a3, b0, b1});
