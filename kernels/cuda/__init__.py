@@ -1,11 +1,13 @@
 """Kernels written in CUDA C++, compiled by NVRTC: it comes with PyTorch for GPUs, or as the wheel nvidia-cuda-nvrtc.
 
 What was compiled once is kept beside what Triton keeps (TRITON_CACHE_DIR), by a digest of the sources, the macros and NVRTC's version.
+RTPURBO_CUDA_MACROS adds macros for debugging, separated by spaces: compute-sanitizer's racecheck needs EVERY_LANE=1.
 """
 
 import ctypes
 import hashlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -100,7 +102,8 @@ def _compiled(name: str, constants: Constants, capability: int) -> bytes:
     from triton.runtime.cache import get_cache_manager
 
     options = [
-        f"--gpu-architecture=sm_{capability}", "--std=c++17", "-default-device", *(f"-D{macro}={value}" for macro, value in constants)
+        f"--gpu-architecture=sm_{capability}", "--std=c++17", "-default-device", *(f"-D{macro}={value}" for macro, value in constants),
+        *(f"-D{macro}" for macro in os.environ.get("RTPURBO_CUDA_MACROS", "").split()),
     ]  # fmt: skip
     sources = [(path.name, path.read_bytes()) for path in sorted(SOURCES.glob("*.cu*"))]
     kept = get_cache_manager(hashlib.sha256(repr((_nvrtc_version(), name, options, sources)).encode()).hexdigest())

@@ -235,8 +235,7 @@ __device__ __forceinline__ void weigh_span(
         }
         await_phase(&shared.filled[slot], step / SLOTS);
         weigh_step(shared.weights[slot], query, shared.slots[slot], layer.scale_log2);
-        __syncwarp();
-        if (lane == 0) arrive(&shared.weighed[slot]);
+        arrive_together(&shared.weighed[slot]);
     }
 }
 
@@ -249,14 +248,12 @@ __device__ __forceinline__ void add_span(Shared& shared, const Layer& layer, con
     for (; step < end; step += BATCH) {
         int steps = min((u32)BATCH, end - step), slot = step % SLOTS;
         auto slot_of = [&](int n) { return slot + n - (slot + n < SLOTS ? 0 : SLOTS); };
-        if (lane < steps) await_phase(&shared.weighed[slot_of(lane)], (step + lane) / SLOTS);
-        __syncwarp();
+        await_together(steps, [&](int n) { return &shared.weighed[slot_of(n)]; }, [&](int n) { return (step + n) / SLOTS; });
         add_steps(
             partial, steps, place, [&](int n) -> const Weights& { return shared.weights[slot_of(n)]; },
             [&](int n) -> const Slot& { return shared.slots[slot_of(n)]; }
         );
-        __syncwarp();
-        if (lane < steps) arrive(&shared.emptied[slot_of(lane)]);
+        arrive_together(steps, [&](int n) { return &shared.emptied[slot_of(n)]; });
     }
     int pair = warp * 8 + r;
 #pragma unroll
@@ -281,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
     const char* q, half_bits* out, const int* lengths, const int* row_head, u64* listed, u64* counted, Record* parts,
     Record* local_parts,                       // see Layer
     const INDEX_QUERY* index_q,                // [B, H, R]; strides in elements
-    const char* index_k,                       // bf16 [B, S, I, R], last axis contiguous; strides in bytes
+    const char* index_k,                       // bf16 or e4m3 [B, S, I, R], last axis contiguous; strides in bytes
     const int4* readers,                       // [V]: set, first head, heads of it, 0
     const LocalShare* shares,                  // [parts, programs]
     const int* local_heads,                    // int32 [plan's B * heads]: the job of a local head, or -1
@@ -307,11 +304,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
     if (threadIdx.x % 32 == 0) {
 #pragma unroll 1
         for (int n = threadIdx.x / 32; n < SLOTS; n += WARPS) {
-            init_barrier(&shared.filled[n], 1), init_barrier(&shared.weighed[n], 1), init_barrier(&shared.emptied[n], ADDING);
+            init_barrier(&shared.filled[n], 1), init_barrier(&shared.weighed[n], COMERS), init_barrier(&shared.emptied[n], ADDING * COMERS);
         }
         if (threadIdx.x / 32 >= FINDER - 1) {
             int n = FINDER - threadIdx.x / 32;
-            init_barrier(&shared.known[n], 1), init_barrier(&shared.done[n], WARPS - 1);
+            init_barrier(&shared.known[n], COMERS), init_barrier(&shared.done[n], (WARPS - 1) * COMERS);
         }
         barriers_made();
     }
@@ -376,8 +373,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
             if (lane == 0) shared.spans[turn % 2] = span;
             shared.placed[turn % 2][lane] = place;
             if (local && lane < min(steps, WEIGHING)) send_for(shared, span, lane, place);
-            __syncwarp();
-            if (lane == 0) arrive(&shared.known[turn % 2]);
+            arrive_together(&shared.known[turn % 2]);
             if (span.first < 0) break;
         }
     } else {
@@ -395,8 +391,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
             if (warp >= ADDING) weigh_span(shared, layer, span, shared.placed[turn % 2], weighs, begin, end, launch);
             else if (begin < end) add_span(shared, layer, span, begin, end, launch);
             if (!span.list) stamp(stamps, 8);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) arrive(&shared.done[turn % 2]);
+            arrive_together(&shared.done[turn % 2]);
         }
     }
     stamp(stamps, 10);

@@ -16,6 +16,43 @@ __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; 
 // a / b of numbers below 2^20 without a division, which takes some forty instructions.
 __device__ __forceinline__ int quotient(int a, int b) { return (int)(((float)a + 0.5f) * reciprocal_fast(b)); }
 
+// ---- Barriers of whole warps ------------------------------------------------------------------------------------------------------------
+
+// One lane comes for all that met before. compute-sanitizer's racecheck does not follow that: with EVERY_LANE all of them come, and wait.
+#ifndef EVERY_LANE
+#define EVERY_LANE 0
+#endif
+constexpr int COMERS = EVERY_LANE ? 32 : 1;
+
+// By a warp: what its lanes did before is seen by those who wait.
+__device__ __forceinline__ void arrive_together(u64* barrier) {
+    __syncwarp();
+    if (EVERY_LANE || threadIdx.x % 32 == 0) arrive(barrier);
+}
+
+// The same of several barriers, that of the n-th given by `barrier(n)`: lane n comes to it, or waits there.
+template <typename BarrierOf>
+__device__ __forceinline__ void arrive_together(int count, BarrierOf barrier) {
+    int lane = threadIdx.x % 32;
+    __syncwarp();
+    if (EVERY_LANE) {
+        for (int n = 0; n < count; n++) arrive(barrier(n));
+    } else if (lane < count) {
+        arrive(barrier(lane));
+    }
+}
+
+template <typename BarrierOf, typename PhaseOf>
+__device__ __forceinline__ void await_together(int count, BarrierOf barrier, PhaseOf phase) {
+    int lane = threadIdx.x % 32;
+    if (EVERY_LANE) {
+        for (int n = 0; n < count; n++) await_phase(barrier(n), phase(n));
+    } else if (lane < count) {
+        await_phase(barrier(lane), phase(lane));
+    }
+    __syncwarp();
+}
+
 // ---- Waiting for records ----------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ Record await(const Record* place, u32 launch) {
