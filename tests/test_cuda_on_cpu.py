@@ -130,7 +130,7 @@ def test_few_programs_with_many_parts_attend_to_all_local_heads():
 
 
 def select(q, k, lengths, key_sets, *, capacity, top_p=0.9, scale=1.0, launches=1, plan_batch=None, programs=None, **macros):
-    """The plan, and ids, counts and masks of the last of some launches with it. macros: of tests/cuda_on_cpu."""
+    """The plan, and ids and counts of the last of some launches with it. macros: of tests/cuda_on_cpu."""
     batch, heads = q.shape[:2]
     plan = plan_cuda_selection(
         key_sets, batch=plan_batch or batch, capacity=capacity, device=torch.device("cpu"), block_size=64, programs=programs
@@ -138,24 +138,19 @@ def select(q, k, lengths, key_sets, *, capacity, top_p=0.9, scale=1.0, launches=
     assert plan is not None
     plan = on_cpu_plan(plan)
     ids, count = torch.zeros(batch, heads, plan.capacity_blocks, dtype=torch.int32), torch.zeros(batch, heads, dtype=torch.int32)
-    mask = torch.full((batch, heads, -(-plan.capacity_blocks // 32)), 0x5A5A5A5A, dtype=torch.int32)
     for _ in range(launches):
-        launch = describe_selection(plan, q, k, torch.tensor(lengths, dtype=torch.int32), scale, top_p, 4, ids, count, mask)
+        launch = describe_selection(plan, q, k, torch.tensor(lengths, dtype=torch.int32), scale, top_p, 4, ids, count)
         run_on_cpu(replace(launch, constants={**launch.constants, **macros}))
-    return plan, ids, count, mask
+    return plan, ids, count
 
 
 def check_selection(q, k, lengths, key_sets, *, capacity, scale=1.0, **options):
-    """ids, counts and masks of the second of two launches with one plan equal the definition's; returns the plan and the counts."""
-    plan, ids, count, mask = select(q, k, lengths, key_sets, capacity=capacity, scale=scale, launches=2, **options)
-    reference = plan_selection(key_sets, num_sets=k.shape[2], batch=q.shape[0], capacity=capacity, device="cpu", masks=True)
+    """ids and counts of the second of two launches with one plan equal the definition's; returns the plan and the counts."""
+    plan, ids, count = select(q, k, lengths, key_sets, capacity=capacity, scale=scale, launches=2, **options)
     wanted_ids, wanted = score_and_select(
-        q, k, plan=reference, lengths_B=torch.tensor(lengths, dtype=torch.int32), scale=scale, top_p=0.9, sinks=4
-    )
-    assert reference.mask_BHW is not None
-    for b, length in enumerate(lengths):
-        words = -(-length // (64 * 32))
-        assert torch.equal(mask[b, :, :words], reference.mask_BHW[b, :, :words])
+        q, k, plan=plan_selection(key_sets, num_sets=k.shape[2], batch=q.shape[0], capacity=capacity, device="cpu"),
+        lengths_B=torch.tensor(lengths, dtype=torch.int32), scale=scale, top_p=0.9, sinks=4,
+    )  # fmt: skip
     assert torch.equal(count, wanted)
     listed = torch.arange(ids.shape[2]) < count[..., None]
     assert torch.equal(ids[listed], wanted_ids[..., : ids.shape[2]][listed])
@@ -165,7 +160,7 @@ def check_selection(q, k, lengths, key_sets, *, capacity, scale=1.0, **options):
 def test_top_p_of_1_selects_every_block():
     q, k = torch.ones(1, 1, 16), torch.zeros(1, 64 * 40, 1, 16, dtype=torch.bfloat16)
     k[0, 700] = 8
-    _, ids, _, _ = select(q, k, [64 * 40], (0,), capacity=64 * 40, top_p=1.0)
+    _, ids, _ = select(q, k, [64 * 40], (0,), capacity=64 * 40, top_p=1.0)
     assert ids[0, 0].tolist() == list(range(40))
 
 
@@ -173,7 +168,7 @@ def test_a_key_that_is_no_number_costs_no_block_that_is_always_taken():
     q, k = peaked_index((0,), num_sets=1, batch=1, tokens=64 * 20, hot_share=0.1, dtype=torch.float32, seed=5, device="cpu")
     k = k.to(torch.bfloat16)
     k[0, 64 * 19 + 3] = float("nan")
-    _, ids, count, _ = select(q, k, [64 * 20], (0,), capacity=64 * 20)
+    _, ids, count = select(q, k, [64 * 20], (0,), capacity=64 * 20)
     assert {0, 18, 19} <= set(ids[0, 0, : count[0, 0]].tolist())
 
 

@@ -104,7 +104,7 @@ def score_and_select(
     if impl == "cuda" and (plan.cuda is None or not index_q_BHR.is_cuda):
         raise ValueError(
             "score_and_select: impl 'cuda' cannot run: it needs compute capability 9.0 or later, and a plan with cuda=True for blocks of "
-            "64 and ascending key sets"
+            "64, ascending key sets and no masks"
         )
     capability = torch.cuda.get_device_capability(index_q_BHR.device) if index_q_BHR.is_cuda else (0, 0)
     if plan.cuda is not None and (impl == "cuda" or (impl == "auto" and cuda.is_faster(capability, plan.batch, index_k_BSIR, top_p))):
@@ -112,7 +112,7 @@ def score_and_select(
         if obstacle is not None and impl == "cuda":
             raise ValueError(f"score_and_select: impl 'cuda' cannot run: {obstacle}")
         if obstacle is None:
-            return cuda.launch(plan.cuda, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks, plan.mask_BHW)
+            return cuda.launch(plan.cuda, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks)
     if impl == "triton" or (impl == "auto" and index_q_BHR.is_cuda):
         from rtpurbo.kernels.block_selection import kernel
 

@@ -142,17 +142,15 @@ def index_strides(index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor) -> tupl
 
 def describe(
     plan: CudaSelectionPlan, index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor, lengths_B: torch.Tensor, scale: float, top_p: float,
-    sinks: int, ids_BHN: torch.Tensor, count_BH: torch.Tensor, mask_BHW: torch.Tensor | None = None, *, early_launch: bool = True,
+    sinks: int, ids_BHN: torch.Tensor, count_BH: torch.Tensor, *, early_launch: bool = True,
 ) -> Launch:  # fmt: skip
-    """The launch that fills ids and count, and a mask: int32, a bit a block."""
+    """The launch that fills ids and count."""
     return Launch(
         kernel=CudaKernel("score_and_select", 0),
         grid=(plan.programs,),
         arguments=(
             index_q_BHR, index_k_BSIR, lengths_B, plan.readers_V4, plan.scores_BHN4, plan.tops_C4, plan.histograms_C, plan.launches_C,
-            plan.started, ids_BHN, count_BH, plan.launches_C if mask_BHW is None else mask_BHW,
-            0 if mask_BHW is None else mask_BHW.shape[2],
-            index_q_BHR.shape[0], index_k_BSIR.shape[1], plan.num_heads, plan.readers_V4.shape[0],
+            plan.started, ids_BHN, count_BH, index_q_BHR.shape[0], index_k_BSIR.shape[1], plan.num_heads, plan.readers_V4.shape[0],
             plan.capacity_blocks, plan.most_parts, plan.selectors, sinks, float(scale), *index_strides(index_q_BHR, index_k_BSIR),
         ),
         constants=index_constants(plan.part_items, index_q_BHR, index_k_BSIR, top_p),
@@ -164,11 +162,11 @@ def describe(
 
 def launch(
     plan: CudaSelectionPlan, index_q_BHR: torch.Tensor, index_k_BSIR: torch.Tensor, lengths_B: torch.Tensor, scale: float, top_p: float,
-    sinks: int, mask_BHW: torch.Tensor | None,
+    sinks: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Run the kernel with the plan's workspace; fills the mask, returns ids int32 [B, H, N] and count int32 [B, H]."""
+    """Run the kernel with the plan's workspace; returns ids int32 [B, H, N] and count int32 [B, H]."""
     B, H, _ = index_q_BHR.shape
     ids_BHN = torch.empty(B, H, plan.capacity_blocks, dtype=torch.int32, device=index_q_BHR.device)
     count_BH = torch.empty(B, H, dtype=torch.int32, device=index_q_BHR.device)
-    describe(plan, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks, ids_BHN, count_BH, mask_BHW).run()
+    describe(plan, index_q_BHR, index_k_BSIR, lengths_B, scale, top_p, sinks, ids_BHN, count_BH).run()
     return ids_BHN, count_BH

@@ -192,7 +192,7 @@ def plan_selection(
         first_set_J=torch.tensor(first_J, dtype=torch.int32, device=device),
         counters=torch.zeros(batch, len(first_J) - 1, 2 + heads_JG.shape[1], dtype=torch.int32, device=device),
         cuda=plan_cuda_selection(key_set_H, batch=batch, capacity=capacity, device=device, block_size=block_size)
-        if cuda and capability >= (9, 0)
+        if cuda and capability >= (9, 0) and not masks
         else None,
         mask_BHW=torch.zeros(batch, H, -(-N // 32), dtype=torch.int32, device=device) if masks else None,
         block_max_BHN=scores_of_blocks(batch, H, N, device),

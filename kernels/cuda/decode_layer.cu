@@ -341,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_layer(
         };
         select_share(
             shared.selection, scores, tops, histograms, lengths, rows, num_heads, capacity, now_parts, ceil_div(sinks, BLOCK), TOP_P, program,
-            programs, launch, announce, emit, [](int, int, u32) {}
+            programs, launch, announce, emit
         );
         stamp(stamps, 7);
     }

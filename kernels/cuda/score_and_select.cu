@@ -19,8 +19,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_and_select(
     u32* started,                // [1]: how many programs of this launch
     int* ids,                    // int32 [B, H, N]
     int* count,                  // int32 [B, H]
-    u32* mask,                   // [B, H, mask_words]: the same sets, a bit a block; mask_words 0: none
-    int mask_words,
     int batch, int tokens, int num_heads, int num_readers, int capacity, int most_parts, int selectors, int sinks, float index_scale,
     long stride_iqb, long stride_iqh, long stride_ikb, long stride_iki
 ) {
@@ -47,10 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_and_select(
             shared, scores, tops, histograms, lengths, batch * num_heads, num_heads, capacity, min(most_parts, parts_now(lengths, batch)),
             ceil_div(sinks, BLOCK), TOP_P, selector, selectors > 0 ? selectors : programs, launch,
             [&](int row, int taken) { count[row] = taken; },
-            [&](int row, int place, int block) { ids[(long)row * capacity + place] = block; },
-            [&](int row, int block, u32 bits) {
-                if (mask_words > 0) mask[(long)row * mask_words + block / 32] = bits;
-            }
+            [&](int row, int place, int block) { ids[(long)row * capacity + place] = block; }
         );
     }
     __syncthreads();

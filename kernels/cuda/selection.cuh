@@ -106,10 +106,10 @@ __device__ __forceinline__ void weigh(float best, float sum, float top, bool for
 }
 
 // Gives what is taken, words below the limit, to `emit(place, block)`, places from `offset` on in ascending order of blocks, after the first thread
-// told how many to `announce`; and each row of 32 blocks, as bits, to `mark(block, bits)` by the lane of its first block.
-template <int ITEMS, typename Announce, typename Emit, typename Mark>
+// told how many to `announce`.
+template <int ITEMS, typename Announce, typename Emit>
 __device__ __forceinline__ void write_taken(
-    SelectionShared& shared, const u32 (&word)[ITEMS], u32 limit, const Blocks<ITEMS>& blocks, int offset, Announce announce, Emit emit, Mark mark
+    SelectionShared& shared, const u32 (&word)[ITEMS], u32 limit, const Blocks<ITEMS>& blocks, int offset, Announce announce, Emit emit
 ) {
     constexpr int EACH = Blocks<ITEMS>::EACH, TURNS = ITEMS / EACH, PLACES = TURNS * WARPS;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -141,7 +141,6 @@ __device__ __forceinline__ void write_taken(
         int place = offset + (before[turn / 2] >> turn % 2 * 16 & 0xffff);
 #pragma unroll
         for (int j = turn * EACH; j < (turn + 1) * EACH; j++) {
-            if (lane == 0 && blocks[j] < blocks.end) mark(blocks[j], taken[j]);
             if (taken[j] >> lane & 1) emit(place + __popc(taken[j] & ((1u << lane) - 1)), blocks[j]);
             place += __popc(taken[j]);
         }
@@ -224,13 +223,12 @@ __device__ __forceinline__ void find_limit(SelectionShared& shared, int limb_bit
 
 // Selects among the blocks of one of a head's parts, together with the programs of the others, which must run at the same time. tops [parts],
 // histograms [parts, BINS + 1]: of the head. Only the first part announces, the head's count. All threads of the program call it.
-template <int ITEMS, typename Announce, typename Emit, typename Mark>
+template <int ITEMS, typename Announce, typename Emit>
 __device__ __forceinline__ void select_part(
     SelectionShared& shared, const Record* records, int blocks, int part, int parts, Record* tops, Record* histograms, int sink_blocks,
-    double top_p, u32 launch, Announce announce, Emit emit, Mark mark
+    double top_p, u32 launch, Announce announce, Emit emit
 ) {
-    // Parts of whole rows of 32 blocks.
-    int lane = threadIdx.x % 32, size = quotient(ceil_div(blocks, 32) + parts - 1, parts) * 32, first = part * size, end = min(blocks, first + size);
+    int lane = threadIdx.x % 32, size = quotient(blocks + parts - 1, parts), first = part * size, end = min(blocks, first + size);
     for (int n = threadIdx.x; n < (int)(sizeof(Histogram) / sizeof(u32)); n += THREADS) reinterpret_cast<u32*>(&shared.bins)[n] = 0;
     const Blocks<ITEMS> mine(first, end);
     float best[ITEMS], sum[ITEMS];
@@ -285,17 +283,17 @@ __device__ __forceinline__ void select_part(
     auto tell = [&](int taken) {
         if (part == 0) announce(parts > 1 ? shared.taken : taken);
     };
-    write_taken(shared, word, shared.limit, mine, parts > 1 ? shared.taken_earlier : 0, tell, emit, mark);
+    write_taken(shared, word, shared.limit, mine, parts > 1 ? shared.taken_earlier : 0, tell, emit);
     // The next head of this program writes what is read here.
     __syncthreads();
 }
 
 // One program's share of the selection of all heads: head after head, or a part of one. rows: heads of all sequences; programs: those that
-// select, at least one for each part. announce(row, count), emit(row, place, block), mark(row, block, bits).
-template <typename Announce, typename Emit, typename Mark>
+// select, at least one for each part. announce(row, count), emit(row, place, block).
+template <typename Announce, typename Emit>
 __device__ __forceinline__ void select_share(
     SelectionShared& shared, const Record* records, Record* tops, Record* histograms, const int* lengths, int rows, int num_heads, int capacity,
-    int most_parts, int sink_blocks, double top_p, int program, int programs, u32 launch, Announce announce, Emit emit, Mark mark
+    int most_parts, int sink_blocks, double top_p, int program, int programs, u32 launch, Announce announce, Emit emit
 ) {
 #pragma unroll 1
     for (int job = program; job < rows * most_parts; job += programs) {
@@ -304,10 +302,9 @@ __device__ __forceinline__ void select_share(
         const Record* scores = records + (long)row * capacity;
         auto tell = [&](int count) { announce(row, count); };
         auto write = [&](int place, int block) { emit(row, place, block); };
-        auto set = [&](int block, u32 bits) { mark(row, block, bits); };
         if (part >= parts) continue;
         Record *row_tops = tops + (long)row * most_parts, *row_histograms = histograms + (long)row * most_parts * (BINS + 1);
-        if (blocks <= THREADS) select_part<1>(shared, scores, blocks, 0, 1, row_tops, row_histograms, sink_blocks, top_p, launch, tell, write, set);
-        else select_part<PART_ITEMS>(shared, scores, blocks, part, parts, row_tops, row_histograms, sink_blocks, top_p, launch, tell, write, set);
+        if (blocks <= THREADS) select_part<1>(shared, scores, blocks, 0, 1, row_tops, row_histograms, sink_blocks, top_p, launch, tell, write);
+        else select_part<PART_ITEMS>(shared, scores, blocks, part, parts, row_tops, row_histograms, sink_blocks, top_p, launch, tell, write);
     }
 }

@@ -40,9 +40,8 @@ def decode_layer(plan: DecodeLayerPlan, step: DecodeStep) -> tuple[torch.Tensor,
     if main is not None and plan.side_stream is not None and beside:
         plan.side_stream.wait_stream(main)
     ids_BHN, count_BH = score_and_select(
-        *step.index, plan=plan.selection, lengths_B=lengths_B, scale=step.index_scale, top_p=step.top_p, sinks=plan.sinks,
-        impl="auto" if q_BHD.is_cuda else "triton",
-    )  # fmt: skip
+        *step.index, plan=plan.selection, lengths_B=lengths_B, scale=step.index_scale, top_p=step.top_p, sinks=plan.sinks, impl="triton"
+    )
     # The side stream joins before this function returns: its tensors live at least as long.
     with torch.cuda.stream(plan.side_stream if beside else None):
         local_heads()

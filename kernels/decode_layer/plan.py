@@ -145,8 +145,7 @@ def plan_decode_layer(
         dense: all groups are retained and every head reads everything (counts and key sets are not used).
         read_once: let the separate launches read a block that several heads of a KV group selected once (`attend_grouped`);
             None: on a GPU where it was measured to be worth it, see `reads_once`.
-        cuda: plan for the one launch in CUDA C++ too, and for the separate launch that selects, where the GPU and the shape allow it;
-            None: for the one that was measured to be faster.
+        cuda: plan for the one launch in CUDA C++ too, where the GPU and the shape allow it; None: where it was measured to be faster.
 
     Raises ValueError for counts that do not fit the groups.
     """
@@ -177,10 +176,9 @@ def plan_decode_layer(
         "group_size": group_size, "num_groups": num_groups, "retrieval_counts": counts, "key_sets": sets, "batch": batch,
         "capacity": capacity, "head_dim": head_dim, "block_size": block_size,
     }  # fmt: skip
-    cuda_layer = cuda
     if cuda is None:
-        cuda_layer = device.type == "cuda" and not read_once and is_faster(torch.cuda.get_device_capability(device), batch, capacity)
-    suits_cuda = cuda_layer and fits(device, head_dim) and static_obstacle(**layer, programs=num_processors_of(device)) is None
+        cuda = device.type == "cuda" and not read_once and is_faster(torch.cuda.get_device_capability(device), batch, capacity)
+    suits_cuda = cuda and fits(device, head_dim) and static_obstacle(**layer, programs=num_processors_of(device)) is None
     retained, local = range(len(counts)), range(len(counts), num_groups)
     start_K = [g * group_size for g in range(num_groups + 1)]
     split_K = [start_K[g] + counts[g] for g in retained]
@@ -190,7 +188,7 @@ def plan_decode_layer(
         head_dim=head_dim, window=window, sinks=sinks, block_size=block_size, dense=dense,
         selection=plan_selection(
             sets, num_sets=max(sets) + 1, batch=batch, capacity=capacity, device=device, block_size=block_size, masks=read_once,
-            cuda=False if cuda is None and suits_cuda else cuda,
+            cuda=False,
         ) if sets else None,
         grouped=attention("union", start_K[: len(counts)], split_K, retained, union_blocks=max(1, -(-capacity // block_size)))
         if sets and read_once else None,
