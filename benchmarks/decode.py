@@ -339,12 +339,15 @@ def section_sweep():
 
 def section_batch():
     rows = [time_local_layer(batch=batch) for batch in (1, 8, 64)]
-    for batch, tokens in ((8, K32), (8, K128), (8, M1), (64, K32), (64, K128)):
-        rows.append(time_select("A", tokens, batch=batch))
+    for batch, tokens in ((2, K32), (2, K128), (4, K32), (4, K128), (8, K32), (8, K128), (8, M1), (64, K32), (64, K128)):
+        rows += [time_select("A", tokens, impl=impl, batch=batch) for impl in (("cuda", "triton") if tokens < M1 else ("triton",))]
         rows.append(time_selected("A", tokens, 0.03, batch=batch))
-        rows += [time_decode("A", tokens, impl=impl, batch=batch) for impl in ("fused", "composed")]
-        rows += [time_decode(layout, tokens, impl="composed", batch=batch, read_once=True) for layout in ("A", "C")]
-        rows.append(time_decode("C", tokens, impl="composed", batch=batch))
+        for layout in ("A", "C"):
+            inputs = rotated_inputs(layout, tokens, batch=batch)
+            forms = (("cuda", "fused") if batch <= 8 and tokens < M1 else ("fused",)) + ("composed",)
+            rows += [time_decode(layout, tokens, impl=impl, inputs=inputs, batch=batch) for impl in forms]
+            if batch >= 8:
+                rows.append(time_decode(layout, tokens, impl="composed", inputs=inputs, batch=batch, read_once=True))
     return rows
 
 
@@ -358,6 +361,7 @@ def section_layer():
         for layout in LAYOUTS if tokens in (K32, K128, M1) else ("A",):
             inputs = rotated_inputs(layout, tokens)
             rows += compare([time_decode(layout, tokens, impl=impl, inputs=inputs) for impl in ("cuda", "fused")], dense)
+            rows += compare([time_decode(layout, tokens, impl="cuda", fp8=True)], dense)
     return rows
 
 

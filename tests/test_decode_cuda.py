@@ -164,6 +164,10 @@ def test_it_is_chosen_only_where_it_was_measured_faster():
     assert is_faster((9, 0), 1, (1 << 20) + 256)
     assert not is_faster((9, 0), 1, 1 << 14)
     assert not is_faster((9, 0), 1, 1 << 21)
+    assert is_faster((9, 0), 2, 1 << 13)
+    assert is_faster((9, 0), 4, 1 << 18)
+    assert not is_faster((9, 0), 4, 1 << 12)
+    assert not is_faster((9, 0), 4, 1 << 19)
     assert not is_faster((9, 0), 8, 1 << 17)
     assert not is_faster((12, 0), 1, 1 << 17)
 

@@ -7,6 +7,7 @@ import eager_model as eager
 import pytest
 import torch
 
+from rtpurbo.kernels.decode_layer import plan as decode_plan
 from rtpurbo.manifests.assumptions import PlanOptions
 from rtpurbo.manifests.plan import plan
 from rtpurbo.runtime.batch import Batch, Request
@@ -151,9 +152,9 @@ def test_weights_made_at_random_run_and_have_transformers_scale(tmp_path: Path) 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 
-def gpu_artifact(folder: Path, family: str, dtype: str) -> Runtime:
-    changes = {"decode_block": 64, "sliding_window": 100, "index_dim": 16, "key_dtype": "bfloat16"} if dtype == "bfloat16" else {}
-    eager.save_artifact(folder, eager.tiny_config(family, head_dim=64), RETRIEVAL, **changes)
+def gpu_artifact(folder: Path, family: str, dtype: str, key_dtype: str = "bfloat16") -> Runtime:
+    changes = {"decode_block": 64, "sliding_window": 100, "index_dim": 16, "key_dtype": key_dtype} if dtype == "bfloat16" else {}
+    eager.save_artifact(folder, eager.tiny_config(family, head_dim=64, max_position_embeddings=1 << 14), RETRIEVAL, **changes)
     return load(folder, device="cuda", dtype=dtype)
 
 
@@ -205,6 +206,30 @@ def test_a_batch_on_captured_steps_generates_what_each_request_generates_alone(t
         while plain.running:
             plain.step()
         assert running.tokens == wanted.tokens
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("key_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_few_sequences_decode_alike_in_cuda_cpp_and_in_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key_dtype: str) -> None:
+    """In captured steps, and with sequences that come to rest."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("elsewhere Triton's launch is taken")
+    runtime = gpu_artifact(tmp_path, "qwen3", "bfloat16", key_dtype)
+    states = [runtime.start(3, 1 << 13)]
+    monkeypatch.setattr(decode_plan, "is_faster", lambda *_: False)
+    states.append(runtime.start(3, 1 << 13))
+    assert [sum(plan.cuda is not None for plan in state.decode_plans) for state in states] == [2, 0]
+    ids = torch.tensor([prompt(1200, seed) for seed in range(3)])
+    mask = torch.arange(1200) < torch.tensor([[1200], [7], [290]])
+    for state in states:
+        runtime.prefill(state, ids, mask)
+    for step in range(12):
+        active = [True, step % 3 > 0, step < 6]
+        tokens = torch.tensor([step, 2 * step, 3 * step])
+        ours, other = (runtime.decode(state, tokens, active)[torch.tensor(active)] for state in states)
+        assert (ours - other).norm() <= 0.02 * other.norm()
+    assert states[0].cache.lengths_B.tolist() == [1212, 15, 296]
 
 
 @pytest.mark.gpu

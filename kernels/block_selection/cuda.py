@@ -18,6 +18,8 @@ PART_ITEMS = (4, 8)
 MOST_PARTS = 32
 # Bytes from a token's index key to the next one's: a tile's are addressed by 32 bits.
 MOST_STEP = 1 << 24
+# Sequences for which it was measured faster than the launch in Triton.
+FEW_SEQUENCES = 16
 # Programs for each that only selects, at least, itself among them.
 PROGRAMS_A_SELECTOR = 16
 
@@ -117,8 +119,8 @@ def alignment_obstacle(tensors: Sequence[tuple[str, torch.Tensor | None, int]]) 
 
 
 def suits_cuda(capability: tuple[int, int], batch: int) -> bool:
-    """Where it was measured faster than the launch in Triton (benchmarks/decode.md: H200, one sequence); see `is_faster`."""
-    return capability == (9, 0) and batch == 1
+    """Where it was measured faster than the launch in Triton (benchmarks/decode.md: H200, up to 16 sequences); see `is_faster`."""
+    return capability == (9, 0) and batch <= FEW_SEQUENCES
 
 
 def is_faster(capability: tuple[int, int], batch: int, index_k_BSIR: torch.Tensor, top_p: float) -> bool:

@@ -28,8 +28,10 @@ LOG2E = 1.4426950408889634
 # As in the source: keys of a step, slots of a warp that weighs them, heads of all sequences.
 STEP, WARP_SLOTS, MOST_ROWS = 16, 2, 64
 HEAD_DIMS = (64, 128)
-# Capacities, in tokens, for which it was measured faster than the launch in Triton: from, to (a million and what is generated after it).
+# Tokens for which it was measured faster than the launch in Triton: of one sequence, or of each of a few, from; of all, to (a million and
+# what is generated after it).
 FASTER_FROM, FASTER_TO = 1 << 15, 5 << 18
+FEW_SEQUENCES, FEW_FROM = 4, 1 << 13
 # What a program has done when it stamps the time, by place.
 STAMPS = {0: "started", 1: "scored", 7: "selected", 8: "local heads done", 9: "lists there", 10: "attended", 11: "ended"}
 
@@ -188,7 +190,8 @@ def obstacle(
 
 def is_faster(capability: tuple[int, int], batch: int, capacity: int) -> bool:
     """Whether it was measured faster than the launch in Triton (benchmarks/decode.md: H200, bf16, heads of 128)."""
-    return capability == (9, 0) and batch == 1 and FASTER_FROM <= capacity <= FASTER_TO
+    enough = capacity >= (FASTER_FROM if batch == 1 else FEW_FROM)
+    return capability == (9, 0) and batch <= FEW_SEQUENCES and enough and batch * capacity <= FASTER_TO
 
 
 def describe(plan: CudaPlan, step: DecodeStep, window: int, sinks: int, ids_BHN: torch.Tensor, count_BH: torch.Tensor) -> Launch:
