@@ -339,6 +339,10 @@ def section_sweep():
 
 def section_batch():
     rows = [time_local_layer(batch=batch) for batch in (1, 8, 64)]
+    for batch, tokens in ((2, 8192), (4, 8192), (4, 1 << 18), (6, K32)):
+        for layout in ("A", "C"):
+            inputs = rotated_inputs(layout, tokens, batch=batch)
+            rows += [time_decode(layout, tokens, impl=impl, inputs=inputs, batch=batch) for impl in ("cuda", "fused", "composed")]
     for batch, tokens in ((2, K32), (2, K128), (4, K32), (4, K128), (8, K32), (8, K128), (8, M1), (64, K32), (64, K128)):
         rows += [time_select("A", tokens, impl=impl, batch=batch) for impl in (("cuda", "triton") if tokens < M1 else ("triton",))]
         rows.append(time_selected("A", tokens, 0.03, batch=batch))
@@ -421,8 +425,10 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     common = versions()
-    rows = [result | common for name in options.sections for result in SECTIONS[name]()]
-    write_csv(options.out, rows)
+    rows: list[dict[str, object]] = []
+    for name in options.sections:
+        rows += [result | common for result in SECTIONS[name]()]
+        write_csv(options.out, rows)
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
 def reads_once(retrieval_counts: Sequence[int], group_size: int, tokens: int) -> bool:
     """Whether heads of a KV group share so much at that many cached tokens of all sequences that a block is better read once.
 
-    The choice of least regret: at 1M tokens with a whole group of eight heads whose blocks are drawn for each alone it takes 72 us
-    against 65 in one launch where 3 % are selected, 120 against 130 where 10 % are, and 162 against 262 where 25 % are.
+    The choice of least regret: at 1M tokens with a whole group of eight heads whose blocks are drawn for each alone it takes 71 us
+    against 56 in one launch where 3 % are selected, 117 against 119 where 10 % are, and 157 against 251 where 25 % are.
     """
     return bool(retrieval_counts) and all(count == group_size for count in retrieval_counts) and tokens >= READ_ONCE_TOKENS
 
