@@ -43,8 +43,8 @@ def capture(
 ) -> Iterator[Captured]:
     """Run the model (attention implementation converter.attention.IMPLEMENTATION, dense) over token_ids [T]; yield `layers` in order.
 
-    q and k enter the index projections before RoPE, by hooks, in fp32; index queries and keys take the dtype that the manifest gives
-    the index cache.
+    q and k enter the index projections before RoPE, by hooks, in fp32; index keys take the dtype that the manifest gives the index
+    cache, and so do index queries, but that fp8 keys meet them in bf16.
     """
     wanted, kept = set(layers), {}
     dtype = getattr(torch, manifest.indexer.key_dtype)
@@ -64,7 +64,7 @@ def capture(
                 q_THD=q_BHTD[0, list(heads)].transpose(0, 1).contiguous(),
                 k_TKD=k_BKTD[0].transpose(0, 1).contiguous(),
                 v_TKD=v_BKTD[0].transpose(0, 1).contiguous(),
-                index_q_THR=index_q[0].to(dtype),
+                index_q_THR=index_q[0].to(dtype if dtype.itemsize > 1 else torch.bfloat16),
                 index_k_TIR=index_k[0].to(dtype),
                 scale=scale,
             )

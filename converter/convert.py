@@ -310,7 +310,7 @@ def _manifest(c: Conversion, calibration: Calibration, documents: list[Any]) -> 
         layers=roles,
         sliding_window=r.sliding_window,
         sinks=r.sinks,
-        indexer=Indexer(dim=r.index_dim, keys=r.index_keys, scale=index_scale(shape.head_dim)),
+        indexer=Indexer(dim=r.index_dim, keys=r.index_keys, scale=index_scale(shape.head_dim), key_dtype=r.index_key_dtype),
         top_p=r.top_p,
         decode_block=r.decode_block,
         prefill_block=r.prefill_block,

@@ -37,6 +37,7 @@ class Recipe:
     # Indexer and selection.
     index_dim: int = 16
     index_keys: Literal["head", "group"] = "head"
+    index_key_dtype: Literal["bfloat16", "float8_e4m3fn", "float32"] = "bfloat16"
     top_p: float = 0.9
     decode_block: int = 64
     prefill_block: int = 128
@@ -180,6 +181,7 @@ HELP: dict[str, str] = {
     "rope_scaling": "Stretch the context first, as yarn:4 or linear:2.",
     "index_dim": "Dimension of index queries and keys.",
     "index_keys": "One key projection per retrieval head, or one per KV group.",
+    "index_key_dtype": "How index keys are cached; fp8 halves their bytes.",
     "top_p": "Share of the indexer's softmax mass that a decode step reads.",
     "decode_block": "Keys per block in decode selection.",
     "prefill_block": "Keys per block in prefill.",

@@ -9,13 +9,15 @@ from rtpurbo.manifests.manifest import Manifest
 from rtpurbo.manifests.parameters import Shape
 
 KEY_BYTES = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1}
-_CHOICES = {"granularity": ("head", "group"), "index_keys": ("head", "group"), "train": ("all", "attention", "lora")}
+_CHOICES = {
+    "granularity": ("head", "group"), "index_keys": ("head", "group"), "index_key_dtype": tuple(KEY_BYTES),
+    "train": ("all", "attention", "lora"),
+}  # fmt: skip
 _RANGES: dict[str, tuple[float, float]] = {
     "retrieval_ratio": (0, 1),
     "sliding_window": (1, 1 << 24),
     "sinks": (0, 1 << 16),
     "index_dim": (1, 1024),
-    "index_key_bytes": (1, 4),
     "top_p": (1e-6, 1),
     "kept_fraction": (0, 1),
     "kv_bytes": (1, 4),
@@ -56,7 +58,7 @@ class PlanOptions:
     sinks: int = 4
     index_dim: int = 16
     index_keys: Literal["head", "group"] = "head"
-    index_key_bytes: int = 2
+    index_key_dtype: Literal["bfloat16", "float8_e4m3fn", "float32"] = "bfloat16"
     top_p: float = 0.9
     kept_fraction: float = 0.1
     kv_bytes: int = 2
@@ -165,7 +167,7 @@ def options_of_manifest(options: PlanOptions, roles: Manifest, shape: Shape, mod
         sinks=roles.sinks,
         index_dim=roles.indexer.dim,
         index_keys=roles.indexer.keys,
-        index_key_bytes=KEY_BYTES[roles.indexer.key_dtype],
+        index_key_dtype=roles.indexer.key_dtype,
         top_p=roles.top_p,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rtpurbo.manifests import stages
 from rtpurbo.manifests.architectures import rope_type_of
-from rtpurbo.manifests.assumptions import PlanOptions, RoleCounts, check_number, count_roles, options_of_manifest
+from rtpurbo.manifests.assumptions import KEY_BYTES, PlanOptions, RoleCounts, check_number, count_roles, options_of_manifest
 from rtpurbo.manifests.parameters import Parameters, Shape, count_parameters, shape_of
 
 
@@ -37,10 +37,10 @@ class Plan:
 
     @property
     def index_bytes_per_token(self) -> int:
-        """Index sets * index_dim * index_key_bytes; 0 with top_p 1, where nothing is scored."""
+        """Index sets * index_dim * the bytes of index_key_dtype; 0 with top_p 1, where nothing is scored."""
         if self.options.top_p >= 1:
             return 0
-        return self.roles.index_sets * self.options.index_dim * self.options.index_key_bytes
+        return self.roles.index_sets * self.options.index_dim * KEY_BYTES[self.options.index_key_dtype]
 
     @property
     def ring_bytes(self) -> int:

@@ -38,6 +38,7 @@ def test_every_family_is_converted_and_generates(family, tiny_model, tiny_recipe
     [
         {"granularity": "head"},
         {"index_keys": "group"},
+        {"index_key_dtype": "float8_e4m3fn"},
         {"train": "attention"},
         {"train": "lora"},
         {"rope_scaling": "yarn:2"},

@@ -124,6 +124,8 @@ def test_sizes_of_qwen3_coder_30b_a3b_at_a_million_tokens():
     assert made.dense_kv_bytes_per_token == 48 * 4 * 2 * 128 * 2 == 98304
     assert made.retained_kv_bytes_per_token == 29 * 512
     assert made.index_bytes_per_token == 29 * 8 * 16 * 2
+    fp8 = plan(QWEN3_CODER_30B, context=1 << 20, options=PlanOptions(index_key_dtype="float8_e4m3fn"))
+    assert fp8.index_bytes_per_token == 29 * 8 * 16
     assert made.ring_bytes == 163 * 512 * 8196
     saved = 1 - plan(QWEN3_CODER_30B, context=1 << 20, options=PlanOptions(index_keys="group")).cache_bytes(1 << 20) / (98304 << 20)
     assert 0.83 < saved < 0.84
@@ -183,7 +185,7 @@ def test_cache_bytes_equal_the_tensors_that_a_cache_allocates(keys):
 def test_a_manifest_replaces_the_assumed_window_indexer_and_top_p():
     options = plan(SMALL, context=64, options=PlanOptions(roles=manifest("group"))).options
     assert (options.sliding_window, options.sinks, options.index_dim) == (100, 3, 8)
-    assert (options.index_keys, options.index_key_bytes) == ("group", 1)
+    assert (options.index_keys, options.index_key_dtype) == ("group", "float8_e4m3fn")
 
 
 def test_a_manifest_of_another_geometry_is_refused():
@@ -287,6 +289,7 @@ def test_what_does_not_fit_or_does_not_pay_is_said():
         ({"retrieval_ratio": "15%"}, "retrieval_ratio is '15%'"),
         ({"granularity": "layer"}, "granularity is 'layer', wanted one of head, group"),
         ({"index_keys": None}, "index_keys is None"),
+        ({"index_key_dtype": "int8"}, "index_key_dtype is 'int8', wanted one of float32, bfloat16, float8_e4m3fn"),
         ({"train": "none"}, "train is 'none', wanted one of all, attention, lora"),
         ({"sliding_window": 0}, "sliding_window is 0, wanted a whole number from 1"),
         ({"sliding_window": 8192.0}, "sliding_window is 8192.0, wanted a whole number"),

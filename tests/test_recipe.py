@@ -25,6 +25,7 @@ CHANGED = {
     "rope_scaling": "yarn:4",
     "index_dim": 32,
     "index_keys": "group",
+    "index_key_dtype": "float8_e4m3fn",
     "top_p": 0.95,
     "decode_block": 32,
     "prefill_block": 64,
