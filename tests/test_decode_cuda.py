@@ -9,6 +9,8 @@ import torch
 from test_decode_layer import LAYERS, QWEN, check_smaller_batches, layer_request, run_layer, with_precision
 
 import rtpurbo.kernels.cuda as kernels_cuda
+from rtpurbo.kernels.block_scores import block_scores
+from rtpurbo.kernels.block_selection import cuda as selection_in_cuda
 from rtpurbo.kernels.block_selection import plan_selection, score_and_select
 from rtpurbo.kernels.block_selection.cuda import describe as describe_selection
 from rtpurbo.kernels.block_selection.cuda import part_items_for, plan_cuda_selection, readers_of
@@ -69,6 +71,19 @@ def test_a_kernel_is_compiled_once_and_again_where_its_file_was_changed(tmp_path
     assert build("score_and_select", constants, 90) == image
     build("score_and_select", (("TOP_P", 0.5),), 90)
     assert compiled == ["score_and_select"] * 3
+
+
+@needs_nvrtc
+def test_macros_for_debugging_are_other_kernels_and_never_the_launchs_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, constants = CudaKernel("decode_layer", 0), launches()[0].constants
+    plain = kernel.compile(constants, 90)
+    monkeypatch.setenv("RTPURBO_CUDA_MACROS", "EVERY_LANE=1")
+    assert kernel.compile(constants, 90) != plain
+    for wrong in ("STAMPS=1", "EVERY_LANE"):
+        monkeypatch.setenv("RTPURBO_CUDA_MACROS", wrong)
+        with pytest.raises(ValueError, match=f"RTPURBO_CUDA_MACROS: '{wrong}' is not NAME=VALUE of a macro that no launch sets"):
+            kernel.compile(constants, 90)
 
 
 @needs_nvrtc
@@ -167,9 +182,19 @@ def test_it_is_chosen_only_where_it_was_measured_faster():
     assert is_faster((9, 0), 2, 1 << 13)
     assert is_faster((9, 0), 4, 1 << 18)
     assert not is_faster((9, 0), 4, 1 << 12)
+    assert not is_faster((9, 0), 5, 1 << 15)
     assert not is_faster((9, 0), 4, 1 << 19)
     assert not is_faster((9, 0), 8, 1 << 17)
     assert not is_faster((12, 0), 1, 1 << 17)
+
+
+@pytest.mark.parametrize(("batch", "faster"), [(1, True), (16, True), (17, False)])
+def test_a_selection_alone_is_chosen_only_where_it_was_measured_faster(batch, faster):
+    index_k = torch.zeros(batch, 2, 64, 16).transpose(1, 2)
+    assert selection_in_cuda.is_faster((9, 0), batch, index_k, 0.9) == faster
+    assert not selection_in_cuda.is_faster((9, 0), batch, index_k, 1.0)
+    assert not selection_in_cuda.is_faster((12, 0), batch, index_k, 0.9)
+    assert not selection_in_cuda.is_faster((9, 0), batch, torch.zeros(batch, 64, 2, 16), 0.9)
 
 
 def test_tensors_that_do_not_suit_are_named():
@@ -212,6 +237,16 @@ def poison(plan):
     """Not a number wherever a record has no launch's number yet."""
     for records in (plan.scores_BHN4, plan.parts_L, plan.local_parts_L, plan.tops_L, plan.histograms_L):
         records[..., :3] = float("nan")
+
+
+def assert_scores_equal(records_BHN4, q_BHR, k_BSIR, key_sets, lengths, scale):
+    """A launch's records of the blocks that have a key: the definition's maxima and sums."""
+    key_set_H, visible_B1 = torch.tensor(key_sets, device=q_BHR.device), torch.tensor(lengths, device=q_BHR.device)[:, None]
+    wanted = block_scores(q_BHR[:, None], k_BSIR, key_set_H=key_set_H, visible_BT=visible_B1, scale=scale)
+    for b, length in enumerate(lengths):
+        for n in range(2):
+            mine, other = records_BHN4[b, :, : -(-length // 64), n], wanted[n][b, :, 0, : -(-length // 64)]
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
 def check(request, *, again=3):
@@ -284,17 +319,20 @@ def test_layers_with_fp8_index_keys_equal_fp64(layer, lengths):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("size", [2.0**-60, 1.0, 2.0**60])
 def test_queries_of_any_size_select_the_same(heads, dtype, size):
-    """Beside a set of one head; stored token by token."""
+    """Every second head's, beside a set of one head; stored token by token. Block scores, too, equal their definition."""
     gpu()
     key_sets, tokens = (*[0] * heads, 1), 64 * 300 + 33
     q, k = peaked_index(key_sets, num_sets=2, batch=1, tokens=tokens, hot_share=0.1, dtype=torch.float32, seed=heads, device="cuda")
     plan = plan_selection(key_sets, num_sets=2, batch=1, capacity=tokens, device="cuda", cuda=True)
     options = {"plan": plan, "lengths_B": torch.tensor([tokens], dtype=torch.int32, device="cuda"), "top_p": 0.9, "sinks": 4}
     k = k.to(getattr(torch, dtype))
-    ids, count = score_and_select(q * size, k, **options, scale=1 / size, impl="cuda")
-    wanted_ids, wanted = score_and_select(q, k, **options, scale=1.0, impl="reference")
+    q[:, ::2] *= size
+    ids, count = score_and_select(q, k, **options, scale=1 / size, impl="cuda")
+    wanted_ids, wanted = score_and_select(q, k, **options, scale=1 / size, impl="reference")
+    assert plan.cuda is not None
+    assert_scores_equal(plan.cuda.scores_BHN4, q, k, key_sets, [tokens], 1 / size)
     assert (count - wanted).abs().max() <= 1
-    assert ((count > 0.05 * 301) & (count < 0.5 * 301)).all()
+    assert ((count[:, ::2] > 0.05 * 301) & (count[:, ::2] < 0.5 * 301)).all()
     for h in [h for h in range(heads + 1) if count[0, h] == wanted[0, h]]:
         assert torch.equal(ids[0, h, : count[0, h]], wanted_ids[0, h, : count[0, h]])
 

@@ -7,6 +7,7 @@ import eager_model as eager
 import pytest
 import torch
 
+from rtpurbo.kernels.decode_layer import cuda, fused
 from rtpurbo.kernels.decode_layer import plan as decode_plan
 from rtpurbo.manifests.assumptions import PlanOptions
 from rtpurbo.manifests.plan import plan
@@ -222,14 +223,21 @@ def test_a_few_sequences_decode_alike_in_cuda_cpp_and_in_triton(tmp_path: Path, 
     assert [sum(plan.cuda is not None for plan in state.decode_plans) for state in states] == [2, 0]
     ids = torch.tensor([prompt(1200, seed) for seed in range(3)])
     mask = torch.arange(1200) < torch.tensor([[1200], [7], [290]])
-    for state in states:
+    calls: list[object] = []
+    for module in (cuda, fused):
+        launch = module.launch
+        monkeypatch.setattr(module, "launch", lambda *given, launch=launch, module=module: calls.append(module) or launch(*given))
+    for state, wanted in zip(states, (cuda, fused), strict=True):
         runtime.prefill(state, ids, mask)
+        calls.clear()
+        runtime.decode(state, torch.tensor([7, 8, 9]), [True, True, True])
+        assert set(calls) == {wanted}
     for step in range(12):
         active = [True, step % 3 > 0, step < 6]
         tokens = torch.tensor([step, 2 * step, 3 * step])
         ours, other = (runtime.decode(state, tokens, active)[torch.tensor(active)] for state in states)
         assert (ours - other).norm() <= 0.02 * other.norm()
-    assert states[0].cache.lengths_B.tolist() == [1212, 15, 296]
+    assert states[0].cache.lengths_B.tolist() == [1213, 16, 297]
 
 
 @pytest.mark.gpu

@@ -67,7 +67,8 @@ def score_and_select(
 
     Args:
         index_q_BHR: index queries of the retrieval heads, in the order of the plan's key_set_H; fp32, or bf16. Rounded to bf16
-            where the keys are narrower than fp32: the matrix unit multiplies 16 bits.
+            where the keys are narrower than fp32: the matrix unit multiplies 16 bits. "cuda" rounds dimensions below 2^-31 of a
+            query's largest to 2^-39 of it where the keys are fp8.
         index_k_BSIR: cached index keys, fp32, bf16 or fp8 e4m3, any strides with a contiguous last axis;
             S <= the plan's capacity. Rows at or beyond a sequence's length may hold anything.
         plan: from `plan_selection`; B <= its batch.

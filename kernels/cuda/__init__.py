@@ -19,6 +19,7 @@ import torch
 from rtpurbo.kernels.driver import Function, tensor_map
 
 SOURCES = Path(__file__).parent
+DEBUGGING = "RTPURBO_CUDA_MACROS"
 _SUCCESS, _DIGEST_BYTES = 0, 32
 # CUtensorMapSwizzle.
 _SWIZZLE_128B = 3
@@ -37,11 +38,11 @@ class CudaKernel:
 
     def compile(self, constants: Mapping[str, Any], capability: int) -> bytes:
         """The cubin for a compute capability (90 for 9.0). ValueError where NVRTC is missing or refuses."""
-        return _compiled(self.name, tuple(sorted(constants.items())), capability)
+        return _compiled(self.name, _with_debugging(constants), capability)
 
     def run(self, launch: Any) -> None:
         """Compile (once for each set of constants) and launch on the current stream."""
-        function = _loaded(self, tuple(sorted(launch.constants.items())), torch.cuda.current_device())
+        function = _loaded(self, _with_debugging(launch.constants), torch.cuda.current_device())
         prepared = function.prepare(
             launch.grid, launch.num_warps * 32, [packed(value) for value in launch.arguments], early=launch.early_launch,
             together=launch.all_at_once,
@@ -90,6 +91,16 @@ def nvrtc_obstacle() -> str | None:
     return None
 
 
+def _with_debugging(constants: Mapping[str, Any]) -> Constants:
+    """The macros of a launch and those of RTPURBO_CUDA_MACROS. ValueError where one is no NAME=VALUE, or the launch's own."""
+    words = os.environ.get(DEBUGGING, "").split()
+    for word in words:
+        name, _, value = word.partition("=")
+        if not value or name in constants:
+            raise ValueError(f"{DEBUGGING}: {word!r} is not NAME=VALUE of a macro that no launch sets")
+    return (*sorted(constants.items()), *sorted(tuple(word.split("=", 1)) for word in words))
+
+
 @cache
 def _loaded(kernel: CudaKernel, constants: Constants, device: int) -> Function:
     major, minor = torch.cuda.get_device_capability(device)
@@ -102,8 +113,7 @@ def _compiled(name: str, constants: Constants, capability: int) -> bytes:
     from triton.runtime.cache import get_cache_manager
 
     options = [
-        f"--gpu-architecture=sm_{capability}", "--std=c++17", "-default-device", *(f"-D{macro}={value}" for macro, value in constants),
-        *(f"-D{macro}" for macro in os.environ.get("RTPURBO_CUDA_MACROS", "").split()),
+        f"--gpu-architecture=sm_{capability}", "--std=c++17", "-default-device", *(f"-D{macro}={value}" for macro, value in constants)
     ]  # fmt: skip
     sources = [(path.name, path.read_bytes()) for path in sorted(SOURCES.glob("*.cu*"))]
     kept = get_cache_manager(hashlib.sha256(repr((_nvrtc_version(), name, options, sources)).encode()).hexdigest())

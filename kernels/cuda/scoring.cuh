@@ -70,8 +70,8 @@ __device__ __forceinline__ QueryPair query_pair(const INDEX_QUERY* q, bool real)
     return real ? *reinterpret_cast<const QueryPair*>(q) : QueryPair{};
 }
 
-// A power of two by which a query whose largest magnitude is given comes to at most 2^15, and its inverse: f16 holds what is at least 2^-28 of the
-// largest without a loss, what is less to 2^-39 of it.
+// A power of two by which a query whose largest magnitude is given comes to less than 2^15, and its inverse: f16 holds the eight digits of what is at
+// least 2^-31 of the largest, and less than that to 2^-39 of it.
 struct PowerOfTwo {
     float up, down;
 
@@ -83,6 +83,8 @@ struct PowerOfTwo {
         float2 q = pair.rounded();
         return pack_f16(q.x * up, q.y * up);
     }
+    // Finite, so that a score of zero stays zero.
+    __device__ __forceinline__ float scaled(float scale) const { return fmaxf(fminf(scale * down, 3.4028235e38f), -3.4028235e38f); }
 };
 
 // Columns of a product: a query's part of it, and what makes scores of the two sums of a lane that count.
@@ -196,7 +198,7 @@ struct WholeTile {
                 PowerOfTwo power(__reduce_max_sync(FULL, largest));
 #pragma unroll
                 for (int x = 0; x < 2; x++) {
-                    all.of[h][x] = {{power.as_f16(pairs[h][x][0]), power.as_f16(pairs[h][x][1])}, {scale * power.down, scale * power.down}};
+                    all.of[h][x] = {{power.as_f16(pairs[h][x][0]), power.as_f16(pairs[h][x][1])}, {power.scaled(scale), power.scaled(scale)}};
                 }
             }
             return all;
@@ -279,8 +281,8 @@ struct SharedTile {
             largest = max(largest, __shfl_xor_sync(FULL, largest, 1));
             PowerOfTwo power(max(largest, __shfl_xor_sync(FULL, largest, 2)));
             // Of columns 2c and 2c + 1.
-            float first = __shfl_sync(FULL, power.down, 8 * c), second = __shfl_sync(FULL, power.down, 8 * c + 4);
-            return {{power.as_f16(x), power.as_f16(y)}, {scale * first, scale * second}};
+            float first = __shfl_sync(FULL, power.scaled(scale), 8 * c), second = __shfl_sync(FULL, power.scaled(scale), 8 * c + 4);
+            return {{power.as_f16(x), power.as_f16(y)}, {first, second}};
         }
     };
 

@@ -129,7 +129,7 @@ def divide_selection(attributes: Attributes, B: int, S: int, sets: int, site: Si
     key_sets = list(attributes["key_sets"])
     return plan_selection(
         key_sets, num_sets=sets, batch=B, capacity=S, device=site.device, block_size=attributes["block"],
-        pipeline_bytes=site.pipeline_bytes, held_tiles=MOST_HELD_TILES,
+        pipeline_bytes=site.pipeline_bytes, held_tiles=MOST_HELD_TILES, cuda=False,
     )  # fmt: skip
 
 
