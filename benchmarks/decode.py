@@ -339,6 +339,7 @@ def section_sweep():
 
 def section_batch():
     rows = [time_local_layer(batch=batch) for batch in (1, 8, 64)]
+    rows += [time_select("A", K32, impl=impl, batch=16) for impl in ("cuda", "triton")]
     for batch, tokens in ((2, 8192), (4, 8192), (4, 1 << 18), (6, K32)):
         for layout in ("A", "C"):
             inputs = rotated_inputs(layout, tokens, batch=batch)

@@ -82,7 +82,7 @@ def work_folder(out: Path) -> Path:
 
 
 def run_calibration(c: Conversion) -> Manifest:
-    """Needle scores and roles; writes calibration.safetensors and the manifest of the roles. Source: METHOD section 1."""
+    """Needle scores and roles; writes calibration.safetensors and the manifest of the roles. Source: docs/method.md, Roles."""
     if c.work.path(ROLES_NAME).exists():
         return c.roles()
     try:

@@ -49,7 +49,7 @@ class ModelShape:
 class LayerRoles:
     """Roles of one layer, in the checkpoint's own head order.
 
-    scores: retrieval score R_h of every query head, in [0, 1] (METHOD: mean attention mass on the earlier needle).
+    scores: retrieval score R_h of every query head, in [0, 1] (mean attention mass on the earlier needle).
     retrieval_heads: query heads that retrieve, ascending; all others are local.
     retained_groups: KV heads whose full cache is kept, ascending: those with a retrieval head.
     """

@@ -47,7 +47,7 @@ def rope_append(
     Returns (q [B, T, H, D], k [B, T, K, D], v [B, T, K, D], index_q fp32 [B, T, P, R] or None). Of a chunk q, k and v are views of qkv,
     whose rows beyond counts_B stay as they are; of one token they may be a new tensor, in which such rows are finite, as in index_q.
     fp32 arithmetic, one rounding at each store.
-    Raises ValueError for shapes that do not fit. The caller keeps lengths + counts within S. Source: METHOD sections 2 and 3;
+    Raises ValueError for shapes that do not fit. The caller keeps lengths + counts within S. Source: docs/method.md, Attention, Indexer;
     one launch: ours.
     """
     H, K, D = plan.num_heads, plan.num_groups, plan.head_dim

@@ -34,7 +34,7 @@ def write_cache(
         window, sinks: of the ring, whose S is sinks + window; without a window the caller keeps lengths + counts within S.
         impl: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
 
-    Raises ValueError for tensors that do not fit. Source: METHOD section 2 (ring); one launch: ours.
+    Raises ValueError for tensors that do not fit. Source: docs/method.md, Attention (ring); one launch: ours.
     """
     if not 1 <= len(caches) <= MAX_CACHES or len(chunks) != len(caches):
         raise ValueError(f"write_cache: {len(caches)} caches and {len(chunks)} chunks, wanted 1 to {MAX_CACHES} of both")

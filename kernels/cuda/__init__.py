@@ -93,12 +93,13 @@ def nvrtc_obstacle() -> str | None:
 
 def _with_debugging(constants: Mapping[str, Any]) -> Constants:
     """The macros of a launch and those of RTPURBO_CUDA_MACROS. ValueError where one is no NAME=VALUE, or the launch's own."""
-    words = os.environ.get(DEBUGGING, "").split()
-    for word in words:
+    added: dict[str, str] = {}
+    for word in os.environ.get(DEBUGGING, "").split():
         name, _, value = word.partition("=")
         if not value or name in constants:
             raise ValueError(f"{DEBUGGING}: {word!r} is not NAME=VALUE of a macro that no launch sets")
-    return (*sorted(constants.items()), *sorted(tuple(word.split("=", 1)) for word in words))
+        added[name] = value
+    return (*sorted(constants.items()), *sorted(added.items()))
 
 
 @cache

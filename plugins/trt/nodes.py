@@ -208,7 +208,7 @@ NODES = {
         _node(
             "SelectBlocks",
             """Decode: the blocks that each retrieval head selects for its one query, from the index keys with the query's own appended
-            (METHOD section 4; kernels.block_selection.score_and_select). Retrieval head j reads key set key_sets[j]. ids: ascending,
+            (kernels.block_selection.score_and_select). Retrieval head j reads key set key_sets[j]. ids: ascending,
             anything at or beyond count. top_p = top_p_ppb / 1e9, exact where a float attribute is not. narrow_keys: 1 where the index
             keys are narrower than float32; queries are rounded to bfloat16 then. In prefill: count 0.""",
             "index_q:float32:BTJR index_k:index:BSIR visible:int32:B phase:int32:P",
