@@ -222,7 +222,7 @@ def test_heads_that_share_a_set_of_keys_stored_token_by_token_equal_the_definiti
     assert ((count > 0.05 * 20) & (count < 0.5 * 20)).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 15, 17, 63, 65, 127, 129, 64 * 40 - 15])
+@pytest.mark.parametrize("tokens", [1, 17, 63, 65, 130, 64 * 40 - 15])
 @pytest.mark.parametrize("heads", [1, 2, 3], ids=lambda heads: f"{heads} heads")
 def test_fp8_keys_equal_the_definition_at_the_edges_of_blocks(tokens, heads):
     key_sets = (0,) * heads
@@ -231,7 +231,7 @@ def test_fp8_keys_equal_the_definition_at_the_edges_of_blocks(tokens, heads):
     check_selection(q, k, [tokens, max(1, tokens // 2)], key_sets, capacity=tokens)
 
 
-@pytest.mark.parametrize("size", [2.0**-100, 2.0**-20, 2.0**20, 2.0**100])
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**100])
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 8], ids=lambda heads: f"{heads} heads")
 def test_queries_of_any_size_select_the_same_of_fp8_keys(size, heads):
     """Beside heads of ordinary size; f16 alone would hold neither."""
